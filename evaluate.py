@@ -1,0 +1,339 @@
+"""How good is a policy? Gold reward, KL to the reference, share of the optimum, best-of-n, win rates, samples.
+
+    python evaluate.py runs/reviews/dpo-beta0.1-seed0 [RUN ...]     # compares any finished policies, half a minute
+
+Every method here maximises  E[r(x, y)] - beta KL(pi || pi_ref)  (Rafailov et al. 2023, Eq. 3), whose optimum is known:
+
+    pi*(y|x) = pi_ref(y|x) exp(r(x,y) / beta) / Z(x)                                     (Eq. 4)
+
+so the best reward that any policy can have at a given KL can be drawn. The *bank*: N responses a prompt, sampled once
+from pi_ref, with their gold rewards. Weighing them by w_i = exp(r_i / beta) / sum_j exp(r_j / beta) gives, prompt by
+prompt, reward = sum_i w_i r_i and KL = reward / beta - log mean_i exp(r_i / beta). The curve stops where the effective
+sample size 1 / sum_i w_i^2 is too small to be trusted: N samples cannot show a KL above log N.
+
+KL is in nats per response, summed over its tokens, estimated on the policy's own samples at temperature 1:
+log pi(y|x) - log pi_ref(y|x), whose mean is KL(pi || pi_ref). Its standard error counts prompts, not samples.
+
+Reads   finished runs, data/<dataset>/prepared/prompts_test.jsonl
+Writes  the bank beside the SFT run; evaluation.json into each run folder
+"""
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import torch
+
+from common import autocast, compare_settings, device, fail, fingerprint, read_json, read_jsonl, write_json, write_jsonl
+from data import ensure as ensure_data
+from data.pairs import sampled_responses
+from data.tokenizer import Tokenizer
+from model import GPT, ScalarModel, load_run, summed_logprobs
+
+# (dataset, preset): test prompts, and bank responses for each
+SIZES = {("reviews", "cpu"): (128, 64), ("imdb", "cpu"): (256, 64), ("imdb", "gpu"): (512, 256)}
+SAMPLES = 4  # responses a prompt of the policy that is evaluated
+BANK_SEED, EVAL_SEED = 2000, 3000
+MIN_ESS = 5.0  # the optimal curve stops where fewer samples than this carry the weight
+
+GoldReward = Callable[[list[str], list[str]], torch.Tensor]  # prompts, responses (texts) -> (B,) in [0, 1]
+
+
+# ---- the optimum and best-of-n, from the bank ------------------------------------------------------------------------
+
+def optimal_weights(rewards: torch.Tensor, beta: float) -> torch.Tensor:
+    """w_i = exp(r_i / beta) / sum_j exp(r_j / beta) for each prompt: pi* on the bank. rewards, weights: (M, N). Eq. 4."""
+    return torch.softmax(rewards.double() / beta, dim=1)
+
+
+def optimal_kl(rewards: torch.Tensor, beta: float) -> torch.Tensor:
+    """KL(pi* || pi_ref) of each prompt, (M,) nats: reward / beta - log mean exp(r / beta)."""
+    r = rewards.double() / beta
+    return (optimal_weights(rewards, beta) * r).sum(1) - (r.logsumexp(1) - math.log(r.shape[1]))
+
+
+def effective_sample_size(weights: torch.Tensor) -> torch.Tensor:
+    """1 / sum w^2 of each prompt, (M,)."""
+    return 1 / weights.square().sum(1)
+
+
+def best_of_n_weights(rewards: torch.Tensor, n: int) -> torch.Tensor:
+    """The chance of each bank response to be the best of n drawn without replacement, (M, N).
+
+    The response of rank k from below (1..N) wins if the other n - 1 come from the k - 1 below it: C(k-1, n-1) / C(N, n).
+    """
+    N = rewards.shape[1]
+    chance = torch.tensor([math.comb(k, n - 1) / math.comb(N, n) for k in range(N)], dtype=torch.float64)
+    return torch.empty(rewards.shape, dtype=torch.float64).scatter_(1, rewards.argsort(1), chance.expand(len(rewards), N))
+
+
+def best_of_n_kl(n: int) -> float:
+    """log n - (n - 1) / n: an upper bound on KL(best-of-n || pi_ref), in nats (Beirami et al. 2024)."""
+    return math.log(n) - (n - 1) / n
+
+
+def frontier(rewards: torch.Tensor, points: int = 60) -> list[dict[str, float]]:
+    """The optimal curve: beta, kl, reward and effective sample size, by falling beta, as far as the bank carries it."""
+    curve = []
+    for beta in torch.logspace(1.5, -3, points, dtype=torch.float64).tolist():
+        weights = optimal_weights(rewards, beta)
+        ess = effective_sample_size(weights).mean().item()
+        if ess < MIN_ESS:
+            break
+        curve.append({"beta": beta, "kl": optimal_kl(rewards, beta).mean().item(),
+                      "reward": (weights * rewards).sum(1).mean().item(), "ess": ess})
+    return curve
+
+
+def optimal_reward(curve: list[dict[str, float]], kl: float) -> tuple[float, bool]:
+    """The optimal reward at this KL, interpolated on the curve; False if the KL lies beyond its end (then a lower bound)."""
+    if kl <= curve[0]["kl"]:
+        return curve[0]["reward"], True
+    for a, b in zip(curve, curve[1:]):
+        if kl <= b["kl"]:
+            return a["reward"] + (b["reward"] - a["reward"]) * (kl - a["kl"]) / (b["kl"] - a["kl"]), True
+    return curve[-1]["reward"], False
+
+
+def share_of_optimum(curve: list[dict[str, float]], reward: float, kl: float, ref_reward: float) -> tuple[float, bool]:
+    """(reward - reward of pi_ref) / (optimal reward at the same KL - reward of pi_ref); False: an upper bound, because the
+    optimal reward at this KL is only known to be at least that of the curve's end."""
+    best, known = optimal_reward(curve, kl)
+    return (reward - ref_reward) / max(best - ref_reward, 1e-9), known
+
+
+def mean_and_error(per_prompt: torch.Tensor) -> tuple[float, float]:
+    """Mean over prompts (M,) and its standard error."""
+    return per_prompt.mean().item(), (per_prompt.std() / math.sqrt(len(per_prompt))).item()
+
+
+# ---- gold reward -----------------------------------------------------------------------------------------------------
+
+def gold_reward(dataset: str, base: Path) -> GoldReward:
+    """The task's gold reward: exact where the task defines one, else the classifier in base/gold."""
+    exact = getattr(importlib.import_module(f"data.{dataset}"), "gold_reward", None)
+    if exact:
+        return lambda prompts, responses: torch.tensor([exact(p + r) for p, r in zip(prompts, responses)])
+    model, _ = load_run(base / "gold", ScalarModel)
+    tokenizer = Tokenizer.load(base / "gold" / "tokenizer.tiktoken")
+    return lambda prompts, responses: torch.sigmoid(
+        classifier_logits(model, tokenizer, [p + r for p, r in zip(prompts, responses)])).cpu()
+
+
+@torch.no_grad()
+def classifier_logits(model: ScalarModel, tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
+    """log-odds of "positive", (B,). A text longer than the block is cut into windows, whose log-odds are averaged by length."""
+    size, windows, owner = model.config.block_size - 1, [], []
+    for i, ids in enumerate(tokenizer.encode_batch(texts)):
+        for start in range(0, max(len(ids), 1), size):
+            windows.append([tokenizer.bos] + ids[start:start + size])
+            owner.append(i)
+    lengths = torch.tensor([len(w) for w in windows])
+    logits = torch.zeros(len(windows))
+    for rows in lengths.argsort(stable=True).split(256):
+        tokens = torch.full((len(rows), int(lengths[rows].max())), tokenizer.pad)
+        for j, i in enumerate(rows.tolist()):
+            tokens[j, :lengths[i]] = torch.tensor(windows[i])
+        with autocast("auto"):
+            logits[rows] = model.score(tokens.to(device()), lengths[rows].to(device())).cpu()
+    owner, weight = torch.tensor(owner), lengths.float()
+    return (torch.zeros(len(texts)).index_add(0, owner, logits * weight)
+            / torch.zeros(len(texts)).index_add(0, owner, weight))
+
+
+# ---- the bank, and a policy's samples --------------------------------------------------------------------------------
+
+@dataclass
+class Bank:
+    prompts: list[str]
+    rewards: torch.Tensor  # (M, N) gold rewards of pi_ref's responses
+    lengths: torch.Tensor  # (M, N) tokens of the responses, EOS counted
+    responses: list[list[str]]
+
+
+def ensure_bank(base: Path, dataset: str, preset: str, ref: GPT, tokenizer: Tokenizer, weights: str,
+                gold: GoldReward) -> Bank:
+    """The bank of a runs folder, sampled from the reference policy if it is missing; bank.jsonl has a row a prompt."""
+    M, N = SIZES.get((dataset, preset), SIZES["reviews", "cpu"])
+    folder = base / "bank"
+    settings = {"dataset": dataset, "prompts": M, "responses": N, "seed": BANK_SEED, "policy": weights}
+    compare_settings(folder, settings, f"delete {folder} to sample the bank again")
+    path = folder / "bank.jsonl"
+    if not path.exists():
+        prompts = test_prompts(dataset)[:M]
+        parts, texts = sampled_responses(ref, tokenizer, prompts, N, BANK_SEED,
+                                         description=f"bank: {N} responses to {len(prompts)} test prompts")
+        rewards = gold([p for p in prompts for _ in range(N)], texts).view(-1, N).tolist()
+        lengths = torch.cat([part.lengths - part.prompt_lengths for part in parts]).view(-1, N).tolist()
+        write_jsonl(path, ({"prompt": prompt, "rewards": [round(r, 6) for r in rewards[i]], "lengths": lengths[i],
+                            "responses": texts[i * N:(i + 1) * N]} for i, prompt in enumerate(prompts)))
+        write_json(folder / "config.json", settings)
+    rows = read_jsonl(path, {"prompt": str, "rewards": list, "lengths": list, "responses": list})
+    return Bank([row["prompt"] for row in rows], torch.tensor([row["rewards"] for row in rows]),
+                torch.tensor([row["lengths"] for row in rows]), [row["responses"] for row in rows])
+
+
+def test_prompts(dataset: str) -> list[str]:
+    return [row["prompt"] for row in read_jsonl(ensure_data(dataset) / "prompts_test.jsonl", {"prompt": str})]
+
+
+@dataclass
+class Policy:
+    """What a policy did on the bank's prompts; every tensor (M, samples)."""
+    rewards: torch.Tensor
+    kl: torch.Tensor  # log pi(y|x) - log pi_ref(y|x) of the policy's own samples, nats
+    lengths: torch.Tensor
+    responses: list[list[str]]
+
+
+def sample_policy(policy: GPT, ref: GPT, tokenizer: Tokenizer, prompts: list[str], gold: GoldReward,
+                  samples: int = SAMPLES, seed: int = EVAL_SEED) -> Policy:
+    """Sample the policy and score its responses under itself, the reference and the gold reward."""
+    length = min(policy.config.block_size, ref.config.block_size)
+    parts, texts = sampled_responses(policy, tokenizer, prompts, samples, seed, length, description="evaluating")
+    kl = torch.cat([part.logprobs.sum(1) - summed_logprobs(ref, *part[:3]) for part in parts])
+    rewards = gold([prompt for prompt in prompts for _ in range(samples)], texts)
+    lengths = torch.cat([part.lengths - part.prompt_lengths for part in parts])
+    return Policy(rewards.view(-1, samples), kl.view(-1, samples), lengths.view(-1, samples),
+                  [texts[i:i + samples] for i in range(0, len(texts), samples)])
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+def summary(bank: Bank, policies: dict[str, Policy], end_beta: float | None = None) -> dict[str, dict]:
+    """The rows of the results table, by name: reward, KL, share of the optimum, response length, with standard errors.
+
+    Args:
+        policies: name -> what sample_policy returned.
+        end_beta: the beta at which the gold reward's optimum is where the run must end in theory, if there is one.
+    """
+    curve, ref_reward = frontier(bank.rewards), bank.rewards.mean().item()
+    rows = {"SFT": row(bank.rewards.mean(1), torch.zeros(len(bank.rewards)), bank.lengths.float().mean(1))}
+    for name, policy in policies.items():
+        rows[name] = row(policy.rewards.mean(1), policy.kl.mean(1), policy.lengths.float().mean(1))
+        rows[name]["win_rate_over_sft"] = win_rate(policy.rewards, bank.rewards)
+    for n in (2, 4, 16):
+        if n < bank.rewards.shape[1]:
+            weights = best_of_n_weights(bank.rewards, n)
+            rows[f"best of {n}"] = bank_row(bank, weights, torch.full((len(bank.rewards),), best_of_n_kl(n)))
+    betas = {f"optimum at the KL of {name}": beta_at(bank.rewards, rows[name]["kl"], curve) for name in policies}
+    if end_beta:
+        betas["optimum, where theory ends"] = end_beta
+    for name, beta in betas.items():
+        weights = optimal_weights(bank.rewards, beta)
+        rows[name] = bank_row(bank, weights, optimal_kl(bank.rewards, beta)) | {
+            "beta": beta, "effective_sample_size": effective_sample_size(weights).mean().item()}
+    for name, value in rows.items():
+        value["share"], value["share_known"] = share_of_optimum(curve, value["reward"], value["kl"], ref_reward)
+        if value["kl"] == 0:
+            value["share"], value["share_known"] = 0.0, True
+    return rows
+
+
+def row(reward: torch.Tensor, kl: torch.Tensor, length: torch.Tensor) -> dict:
+    """A table row from per-prompt means (M,): each quantity with its standard error."""
+    (r, r_se), (k, k_se), (n, n_se) = map(mean_and_error, (reward, kl, length))
+    return {"reward": r, "reward_se": r_se, "kl": k, "kl_se": k_se, "length": n, "length_se": n_se}
+
+
+def bank_row(bank: Bank, weights: torch.Tensor, kl: torch.Tensor) -> dict:
+    return row((weights * bank.rewards).sum(1), kl, (weights * bank.lengths).sum(1))
+
+
+def beta_at(rewards: torch.Tensor, kl: float, curve: list[dict[str, float]]) -> float:
+    """The beta whose optimum has this KL, by bisection on log beta; at most as far as the curve goes."""
+    low, high = math.log(curve[-1]["beta"]), math.log(curve[0]["beta"])
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if optimal_kl(rewards, math.exp(middle)).mean() > kl else (low, middle)
+    return math.exp(high)
+
+
+def win_rate(a: torch.Tensor, b: torch.Tensor) -> float:
+    """How often a response of one policy has a higher gold reward than one of another to the same prompt; ties count half.
+
+    a (M, N_a), b (M, N_b): all N_a N_b comparisons of each prompt.
+    """
+    difference = a[:, :, None] - b[:, None, :]
+    return ((difference > 0).float() + 0.5 * (difference == 0).float()).mean().item()
+
+
+def print_table(rows: dict[str, dict]) -> None:
+    width = max(map(len, rows))
+    print(f"\n{'':{width}}  {'gold reward':>15}  {'KL, nats':>14}  {'of optimum':>10}  {'length':>12}  {'wins vs SFT':>11}")
+    for name, r in rows.items():
+        share = "" if name == "SFT" else f"{'' if r['share_known'] else '<= '}{r['share']:.0%}"
+        wins = f"{r['win_rate_over_sft']:.0%}" if "win_rate_over_sft" in r else ""
+        kl = f"{r['kl']:.2f} +- {r['kl_se']:.2f}" if not name.startswith("best") else f"<= {r['kl']:.2f}"
+        print(f"{name:{width}}  {r['reward']:.3f} +- {r['reward_se']:.3f}  {kl:>14}  {share:>10}  "
+              f"{r['length']:5.1f} +- {r['length_se']:.1f}  {wins:>11}")
+
+
+def print_samples(bank: Bank, policy: Policy, count: int = 3) -> None:
+    """The first responses of SFT and of the policy to the first prompts, with their gold rewards."""
+    for i in range(min(count, len(bank.prompts))):
+        print(f"\nprompt      {bank.prompts[i]!r}")
+        print(f"  before {bank.rewards[i, 0]:.2f}  {bank.responses[i][0].strip()}")
+        print(f"  after  {policy.rewards[i, 0]:.2f}  {policy.responses[i][0].strip()}")
+
+
+def draw_frontier(axis, bank: Bank, rows: dict[str, dict]) -> None:
+    """Gold reward against KL: the optimal curve, best-of-n, and every policy with its standard errors."""
+    curve = frontier(bank.rewards)
+    axis.plot([p["kl"] for p in curve], [p["reward"] for p in curve], color="black", label=r"optimum $\pi^*_\beta$")
+    best = [(r["kl"], r["reward"]) for name, r in rows.items() if name.startswith("best of")]
+    axis.plot(*zip(*best), "o:", color="tab:gray", label="best of 2, 4, 16 (KL bound)")
+    for name, r in rows.items():
+        if name.startswith(("best of", "optimum at")):
+            continue
+        if name.startswith("optimum"):
+            axis.plot(r["kl"], r["reward"], "*", color="black", markersize=12, label="where theory ends")
+        else:
+            axis.errorbar(r["kl"], r["reward"], r["reward_se"], r["kl_se"], fmt="o", capsize=2, label=name)
+    axis.set(xlabel=r"KL$(\pi \,\|\, \pi_{ref})$, nats per response", ylabel="gold reward")
+    axis.legend(loc="lower right", fontsize=8)
+
+
+def main(runs: list[str]) -> None:
+    """Evaluate finished policies of one task, side by side."""
+    for run in runs:
+        if not (Path(run) / "model.pt").exists():
+            fail(f"{run}: no finished run there (no model.pt)")
+    settings = [read_json(Path(run) / "config.json") for run in runs]
+    sfts = {s.get("sft") or str(Path(run).parent / "sft") for s, run in zip(settings, runs)}
+    if len(sfts) > 1:
+        fail(f"these runs have different references ({', '.join(sorted(sfts))}): evaluate them apart")
+    base, dataset, preset = Path(sfts.pop()).parent, settings[0]["dataset"], settings[0]["preset"]
+    ref, meta = load_run(base / "sft")
+    tokenizer = Tokenizer.load(base / "sft" / "tokenizer.tiktoken")
+    gold = gold_reward(dataset, base)
+    bank = ensure_bank(base, dataset, preset, ref, tokenizer, fingerprint(ref.state_dict()), gold)
+    policies = {}
+    for run in runs:
+        policy, other = load_run(run)
+        check_same_task(run, other, meta)
+        policies[Path(run).name] = sample_policy(policy, ref, tokenizer, bank.prompts, gold)
+    rows = summary(bank, policies)
+    print_table(rows)
+    for i, (a, policy_a) in enumerate(policies.items()):
+        for b, policy_b in list(policies.items())[i + 1:]:
+            print(f"{a} wins over {b}: {win_rate(policy_a.rewards, policy_b.rewards):.1%} of comparisons")
+    for run in runs:
+        write_json(Path(run) / "evaluation.json", {"SFT": rows["SFT"], "policy": rows[Path(run).name]})
+
+
+def check_same_task(run: str | Path, meta: dict, expected: dict) -> None:
+    """A checkpoint of another vocabulary or dataset stops here, with both named."""
+    for name in ("tokenizer", "dataset"):
+        if meta[name] != expected[name]:
+            fail(f"{run} was trained with {name} {meta[name]!r}, expected {expected[name]!r}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="+", help="folders of finished runs: sft, dpo, ...")
+    main(parser.parse_args().run)

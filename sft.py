@@ -1,0 +1,186 @@
+"""Supervised fine-tuning: next-token prediction, the policy that every preference method starts from.
+
+    L(theta) = - E_{y ~ documents} [ sum_t log pi_theta(y_t | y_<t) ] / tokens           (Radford et al. 2019)
+
+    python sft.py                          # `reviews`: half a minute on 2 cores; the loss nears the grammar's entropy
+    python sft.py --dataset imdb           # about 70 minutes on 2 cores
+    python sft.py --on chosen              # Preferred-FT (Rafailov et al. 2023, section 6): the same loss on the chosen
+                                           # responses of the pairs, log pi(chosen | prompt), from the SFT policy
+
+Reads   data/<dataset>/prepared/ (made if it is missing); --on chosen: the pairs of the runs folder, or --pairs FILE
+Writes  runs/<dataset>/sft/ : config.json, log.jsonl, model.pt, tokenizer.tiktoken
+
+A document is <bos> tokens <eos>, cut at block_size; a document that is cut has no <eos>. Held-out loss is in nats a
+document and in bits per byte, which compares across tokenizers.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from tqdm import tqdm
+
+import data
+from common import (Run, autocast, batches, defaults, device, fail, pad, finished, parse, read_jsonl, require,
+                    runs_folder, warmup_cosine)
+from data.pairs import encode_pairs, read_pairs
+from data.tokenizer import Tokenizer
+from model import GPT, GPTConfig, GPT2_NAMES, from_pretrained, load_run, pretrained_folder, response_logprobs, summed_logprobs
+
+
+@dataclass
+class Config:
+    dataset: str = "reviews"  # a folder of data/
+    preset: str = "cpu"  # defaults for a machine: cpu, or gpu (imdb)
+    on: Literal["documents", "chosen"] = "documents"  # chosen = Preferred-FT
+    init: str = ""  # start from a finished run, a GPT-2 name (gpt2, gpt2-medium, ...) or a GPT-2 checkpoint folder
+    pairs: str = ""  # --on chosen: the pairs file, if not the one in the runs folder
+    out: str = ""  # run folder, if not runs/<dataset>/sft (or preferred-ft)
+    n_layer: int = 3  # blocks
+    n_head: int = 4  # attention heads
+    n_embd: int = 128  # channels
+    block_size: int = 80  # tokens of a document, <bos> and <eos> included
+    batch_size: int = 32  # documents a step
+    micro_batch_size: int = 0  # documents a forward pass, if memory is short; 0 = all at once; same gradient
+    steps: int = 700  # optimizer steps
+    lr: float = 3e-3  # peak learning rate
+    warmup: int = 50  # steps of linear warm-up, then a cosine to a tenth
+    weight_decay: float = 0.1  # of the blocks' matrices
+    max_grad_norm: float = 1.0  # gradient clipping
+    seed: int = 0  # initial weights and order of the documents
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; auto = bfloat16 on CUDA only
+    compile: bool = False  # torch.compile the model
+    checkpoint_every: float = 60.0  # seconds between checkpoints
+    resume: bool = False  # go on from the last checkpoint
+
+    PRESETS: ClassVar[dict] = {
+        ("imdb", "cpu"): dict(n_layer=4, n_head=4, n_embd=256, block_size=96, batch_size=32, steps=6500, lr=3e-3, warmup=200),
+        ("imdb", "gpu"): dict(n_layer=8, n_head=8, n_embd=512, block_size=256, batch_size=256, steps=3000, lr=1.5e-3,
+                              warmup=200),
+    }
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, f"--lr {self.lr}: must be > 0")
+        require(min(self.steps, self.batch_size, self.warmup, self.n_layer, self.n_head) > 0,
+                "--steps, --batch-size, --warmup, --n-layer and --n-head must be > 0")
+        require(self.block_size > 2, f"--block-size {self.block_size}: must be > 2")
+        self.out = self.out or str(runs_folder(self.dataset, self.preset)
+                                   / ("sft" if self.on == "documents" else "preferred-ft"))
+        if self.on == "chosen":
+            self.init = self.init or str(runs_folder(self.dataset, self.preset) / "sft")
+            self.pairs = self.pairs or str(runs_folder(self.dataset, self.preset) / "pairs" / "pairs.jsonl")
+
+
+def encode_documents(texts: list[str], tokenizer: Tokenizer, block_size: int) -> list[list[int]]:
+    """<bos> tokens <eos>, at most block_size ids each; one that had to be cut ends without <eos>."""
+    texts = [text[:block_size * 16] for text in texts]  # no need to encode what will be cut (a token has < 16 letters)
+    return [([tokenizer.bos] + ids + [tokenizer.eos])[:block_size] for ids in tokenizer.encode_batch(texts)]
+
+
+def held_out(model: GPT, tokens: torch.Tensor, prompt_lengths: torch.Tensor, lengths: torch.Tensor, tokenizer: Tokenizer,
+             dtype: str) -> dict[str, float]:
+    """Loss on held-out rows: nats a token, nats a document, and bits per byte (the <eos> costs bits and has no bytes)."""
+    nats = -summed_logprobs(model, tokens, prompt_lengths, lengths, dtype).double().sum().item()
+    count = int((lengths - prompt_lengths).sum())
+    size = sum(len(tokenizer.token_bytes(i)) for row, start, end in
+               zip(tokens.tolist(), prompt_lengths.tolist(), lengths.tolist()) for i in row[start:end])
+    return {"nats_per_token": nats / count, "nats_per_document": nats / len(tokens), "bits_per_byte": nats / size / math.log(2)}
+
+
+def train(config: Config) -> Path:
+    """Train, and return the run folder."""
+    # ---- 1) data: rows of ids; the loss counts positions from prompt_lengths on --------------------------------------
+    folder = data.ensure(config.dataset)
+    if config.init and (Path(config.init) / "model.pt").exists():
+        model, _ = load_run(config.init)
+        tokenizer = Tokenizer.load(Path(config.init) / "tokenizer.tiktoken")
+    elif config.init:
+        if config.init not in GPT2_NAMES and not Path(config.init).is_dir():
+            fail(f"--init {config.init}: no finished run, no folder, and not one of {', '.join(GPT2_NAMES)}")
+        model, tokenizer = from_pretrained(config.init), Tokenizer.gpt2(pretrained_folder(config.init))
+    else:
+        tokenizer = Tokenizer.load(folder / "tokenizer.tiktoken")
+        torch.manual_seed(config.seed)
+        model = GPT(GPTConfig(tokenizer.vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd))
+    model = model.to(device()).train()
+    block_size = min(config.block_size, model.config.block_size)
+    if config.on == "documents":
+        held = folder / ("valid.jsonl" if (folder / "valid.jsonl").exists() else "test.jsonl")
+        rows, held_rows = (encode_documents([row["text"] for row in read_jsonl(path, {"text": str})], tokenizer, block_size)
+                           for path in (folder / "train.jsonl", held))
+        prompts, held_prompts = [1] * len(rows), [1] * len(held_rows)  # <bos> is given, all else is predicted
+    else:
+        encoded = encode_pairs(read_pairs(config.pairs), tokenizer, block_size, config.pairs)
+        rows, prompts = [row.prompt + row.chosen for row in encoded], [len(row.prompt) for row in encoded]
+        held_rows, held_prompts = rows[-len(rows) // 20:], prompts[-len(rows) // 20:]
+        rows, prompts = rows[:-len(held_rows)], prompts[:-len(held_rows)]
+    tokens, lengths = pad(rows, tokenizer.pad)
+    prompt_lengths = torch.tensor(prompts)
+    held_tokens, held_lengths = pad(held_rows[:1000], tokenizer.pad)
+    held_prompt_lengths = torch.tensor(held_prompts[:1000])
+
+    # ---- 2) optimizer and run folder ---------------------------------------------------------------------------------
+    # Muon (Jordan et al. 2024) for the matrices of the blocks: held-out loss falls as far in half as many steps as with
+    # AdamW, which the embeddings, biases and LayerNorms keep
+    matrices = [p for name, p in model.named_parameters() if name.startswith("h.") and p.dim() == 2]
+    rest = [p for name, p in model.named_parameters() if not (name.startswith("h.") and p.dim() == 2)]
+    optimizers = [torch.optim.Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(rest, lr=config.lr, weight_decay=0.0, betas=(0.9, 0.95), fused=True)]
+    run = Run(config, model, optimizers, built_from={"tokenizer": tokenizer.fingerprint, "rows": len(rows)})
+    forward = torch.compile(response_logprobs) if config.compile else response_logprobs
+    order = batches(lengths, config.batch_size, config.seed)
+    for _ in range(run.step):
+        next(order)
+
+    # ---- 3) train ----------------------------------------------------------------------------------------------------
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    bar = tqdm(range(run.step, config.steps), f"SFT {size:.1f}M on {config.dataset}", config.steps, initial=run.step)
+    for step in bar:
+        lr = config.lr * warmup_cosine(step, config.steps, config.warmup)
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+            group["lr"] = lr
+        batch = next(order)
+        count = int((lengths[batch] - prompt_lengths[batch]).sum())  # of the whole batch, so micro-batches add up to it
+        loss = 0.0
+        for rows in batch.split(config.micro_batch_size or len(batch)):
+            with autocast(config.dtype):
+                logprobs = forward(model, *(x[rows].to(device()) for x in (tokens, prompt_lengths, lengths)))
+            part = -logprobs.sum() / count
+            part.backward()
+            loss += part.item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
+        run.check_finite(step, batch, loss=loss, grad_norm=grad_norm)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        row = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": count}
+        if (step + 1) % 500 == 0 and step + 1 < config.steps:
+            row |= held_out(model, held_tokens, held_prompt_lengths, held_lengths, tokenizer, config.dtype)
+        run.log(**row)
+        if step % 10 == 0:
+            bar.set_postfix_str(f"loss {loss:.3f} nats/token")
+        run.checkpoint(step + 1)
+
+    # ---- 4) held-out loss, and the model -----------------------------------------------------------------------------
+    result = held_out(model.eval(), held_tokens, held_prompt_lengths, held_lengths, tokenizer, config.dtype)
+    run.log(step=config.steps, seconds=run.seconds(), **result)
+    tokenizer.save(run.folder / "tokenizer.tiktoken")
+    run.finish(kind="GPT", architecture=asdict(model.config), dataset=config.dataset, tokenizer=tokenizer.fingerprint)
+    print(f"held-out loss: {result['nats_per_token']:.3f} nats a token, {result['nats_per_document']:.1f} nats a document, "
+          f"{result['bits_per_byte']:.3f} bits per byte  ->  {run.folder}")
+    return run.folder
+
+
+def ensure(sft: str, dataset: str, preset: str, dtype: str = "auto") -> Path:
+    """The SFT run that the later stages start from: the folder given, or the default one, trained if it is missing."""
+    if sft:
+        return Path(sft)
+    config = defaults(Config, dataset, preset, dtype=dtype, resume=True)
+    return Path(config.out) if finished(config) else train(config)
+
+
+if __name__ == "__main__":
+    train(parse(Config, __doc__))
