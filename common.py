@@ -70,8 +70,12 @@ class _Parser(argparse.ArgumentParser):
 
 def defaults(cls: type, dataset: str, preset: str = "cpu", **settings: Any) -> Any:
     """An instance of the Config `cls` with the defaults of this dataset and preset (cls.PRESETS), then `settings`."""
-    known = {name: value for name, value in settings.items() if name in {f.name for f in dataclasses.fields(cls)}}
-    return cls(**{**cls.PRESETS.get((dataset, preset), {}), "dataset": dataset, "preset": preset, **known})
+    return cls(**{**preset_of(cls, dataset, preset, settings.get("on", "")), "dataset": dataset, "preset": preset, **settings})
+
+
+def preset_of(cls: type, dataset: str, preset: str, on: str = "") -> dict[str, Any]:
+    """Defaults that differ from the dataclass's own: those of (dataset, preset), then those of (dataset, preset, on)."""
+    return {**cls.PRESETS.get((dataset, preset), {}), **cls.PRESETS.get((dataset, preset, on), {})}
 
 
 def parse(cls: type, description: str, argv: list[str] | None = None) -> Any:
@@ -84,16 +88,17 @@ def parse(cls: type, description: str, argv: list[str] | None = None) -> Any:
     first = _Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", default="reviews")
     first.add_argument("--preset", default="cpu")
+    first.add_argument("--on", default="")
     chosen = vars(first.parse_known_args(argv)[0])
-    special = cls.PRESETS.get((chosen["dataset"], chosen["preset"]), {})
-    if not special and (chosen["preset"] != "cpu"):
+    special = preset_of(cls, **chosen)
+    if not special and chosen["preset"] != "cpu":
         fail(f"--preset {chosen['preset']}: there is no such preset for --dataset {chosen['dataset']} (known: "
-             + ", ".join(f"{d} {p}" for d, p in cls.PRESETS) + ")")
+             + ", ".join(f"{key[0]} {key[1]}" for key in cls.PRESETS if len(key) == 2) + ")")
     parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     types, reasons = typing.get_type_hints(cls), comments(cls)
     for field in dataclasses.fields(cls):
         kind, flag = types[field.name], "--" + field.name.replace("_", "-")
-        default = special.get(field.name, chosen.get(field.name, field.default))
+        default = special.get(field.name, chosen.get(field.name) or field.default)
         text = f"{reasons[field.name]} [{default if default != '' else 'none'}]".replace("%", "%%")
         if kind is bool:
             parser.add_argument(flag, action="store_true", default=default, help=text)

@@ -113,10 +113,14 @@ def mean_and_error(per_prompt: torch.Tensor) -> tuple[float, float]:
 
 # ---- gold reward -----------------------------------------------------------------------------------------------------
 
+def has_exact_reward(dataset: str) -> bool:
+    return hasattr(importlib.import_module(f"data.{dataset}"), "gold_reward")
+
+
 def gold_reward(dataset: str, base: Path) -> GoldReward:
     """The task's gold reward: exact where the task defines one, else the classifier in base/gold."""
-    exact = getattr(importlib.import_module(f"data.{dataset}"), "gold_reward", None)
-    if exact:
+    if has_exact_reward(dataset):
+        exact = importlib.import_module(f"data.{dataset}").gold_reward
         return lambda prompts, responses: torch.tensor([exact(p + r) for p, r in zip(prompts, responses)])
     model, _ = load_run(base / "gold", ScalarModel)
     tokenizer = Tokenizer.load(base / "gold" / "tokenizer.tiktoken")
@@ -194,7 +198,7 @@ def sample_policy(policy: GPT, ref: GPT, tokenizer: Tokenizer, prompts: list[str
                   samples: int = SAMPLES, seed: int = EVAL_SEED) -> Policy:
     """Sample the policy and score its responses under itself, the reference and the gold reward."""
     length = min(policy.config.block_size, ref.config.block_size)
-    parts, texts = sampled_responses(policy, tokenizer, prompts, samples, seed, length, description="evaluating")
+    parts, texts = sampled_responses(policy, tokenizer, prompts, samples, seed, max_length=length, description="evaluating")
     kl = torch.cat([part.logprobs.sum(1) - summed_logprobs(ref, *part[:3]) for part in parts])
     rewards = gold([prompt for prompt in prompts for _ in range(samples)], texts)
     lengths = torch.cat([part.lengths - part.prompt_lengths for part in parts])

@@ -110,16 +110,21 @@ class ScalarModel(nn.Module):
         # N(0, 1/(C+1)): scores start near 0 with variance about 1 (Ziegler et al. 2019)
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(config.n_embd + 1))
         nn.init.zeros_(self.head.bias)
+        # a reward model's scores on reference samples; (score - mean) / std is what it reports
+        self.register_buffer("mean", torch.tensor(0.0))
+        self.register_buffer("std", torch.tensor(1.0))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Scalars (B, T), fp32: the one at position t has seen tokens[:, :t + 1]."""
-        hidden = self.gpt.hidden(tokens)
-        return F.linear(hidden, self.head.weight, self.head.bias).squeeze(-1).float()
+        return self.normalised(self.head(self.gpt.hidden(tokens)))
 
     def score(self, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """The scalar at the last real token of each row, (B,)."""
         last = self.gpt.hidden(tokens)[torch.arange(len(tokens), device=tokens.device), lengths - 1]
-        return F.linear(last, self.head.weight, self.head.bias).squeeze(-1).float()
+        return self.normalised(self.head(last))
+
+    def normalised(self, raw: torch.Tensor) -> torch.Tensor:
+        return (raw.squeeze(-1).float() - self.mean) / self.std
 
 
 # ---- log-probabilities -----------------------------------------------------------------------------------------------

@@ -39,14 +39,14 @@ class Config:
     init: str = ""  # start from a finished run, a GPT-2 name (gpt2, gpt2-medium, ...) or a GPT-2 checkpoint folder
     pairs: str = ""  # --on chosen: the pairs file, if not the one in the runs folder
     out: str = ""  # run folder, if not runs/<dataset>/sft (or preferred-ft)
-    n_layer: int = 3  # blocks
+    n_layer: int = 2  # blocks
     n_head: int = 4  # attention heads
     n_embd: int = 128  # channels
     block_size: int = 80  # tokens of a document, <bos> and <eos> included
     batch_size: int = 32  # documents a step
     micro_batch_size: int = 0  # documents a forward pass, if memory is short; 0 = all at once; same gradient
-    steps: int = 700  # optimizer steps
-    lr: float = 3e-3  # peak learning rate
+    steps: int = 500  # optimizer steps
+    lr: float = 4e-3  # peak learning rate
     warmup: int = 50  # steps of linear warm-up, then a cosine to a tenth
     weight_decay: float = 0.1  # of the blocks' matrices
     max_grad_norm: float = 1.0  # gradient clipping

@@ -8,11 +8,17 @@ A prepared folder (data/<task>/prepared/) holds, all of it text that a person ca
 """
 from __future__ import annotations
 
+import hashlib
+import http.client
 import importlib
 import os
 import shutil
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Callable
+
+from tqdm import tqdm
 
 from common import ROOT, fail, read_json, sha256, write_json
 
@@ -58,3 +64,43 @@ def ensure(dataset: str) -> Path:
     if not (folder / "meta.json").exists():
         importlib.import_module(f"data.{dataset}.prepare").prepare(out=folder)
     return folder
+
+
+def download(url: str, target: Path, otherwise: str, md5: str | None = None) -> Path:
+    """Fetch `url` to `target` by way of `target`.part, which is continued if an earlier run left one.
+
+    Args:
+        otherwise: what to do where there is no network, as the error says it.
+        md5: the checksum expected; a file with another is removed.
+    """
+    if target.exists():  # only ever renamed to this name after its checksum was right
+        return target
+    part = target.with_name(target.name + ".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    have = part.stat().st_size if part.exists() else 0  # bytes
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            if response.status != 206:  # 206 Partial Content; a server that ignores Range says 200 and sends it all
+                have = 0
+            size = None if response.length is None else have + response.length  # bytes, if the server tells
+            bar = tqdm(desc=target.name, initial=have, total=size, unit="B", unit_scale=True, disable=None)
+            with bar, part.open("ab" if have else "wb") as file:
+                while block := response.read(1 << 16):
+                    have += file.write(block)
+                    bar.update(len(block))
+            if size is not None and have < size:  # http.client does not tell a lost connection from the end
+                raise ConnectionError(f"connection lost after {have:,} of {size:,} bytes")
+    except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
+        # 416 Range Not Satisfiable: nothing is left to send, so the part is complete, or wrong: the checksum will tell
+        if getattr(error, "code", None) != 416:
+            fail(f"could not fetch {url} ({error}); run again to resume, or {otherwise}")
+    with part.open("rb") as file:
+        found = hashlib.file_digest(file, "md5").hexdigest()
+    if md5 and found != md5:
+        part.unlink()  # resuming would never mend it
+        fail(f"{url} has md5 {found}, expected {md5}; removed it: run again, or {otherwise}")
+    os.replace(part, target)
+    return target

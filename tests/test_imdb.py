@@ -222,6 +222,9 @@ def test_real_archive(monkeypatch):
     assert counts(cleaned) == ([24_902, 24_676, 48_885], [98, 201, 495, 123, 354, 266])
 
 
+WAY = "give a copy with --archive FILE"
+
+
 # ---- download --------------------------------------------------------------------------------------------------------
 
 CONTENT = random.Random(1).randbytes(300_000)
@@ -277,9 +280,9 @@ def part(tmp_path):
 
 def test_download_fresh_then_reused(target, part):
     with serve() as (url, seen):
-        assert imdb.download(url, target, MD5) == target
+        assert imdb.download(url, target, WAY, MD5) == target
         assert target.read_bytes() == CONTENT and not part.exists()
-        imdb.download(url, target, MD5)
+        imdb.download(url, target, WAY, MD5)
     assert seen == [(None, 200)]
 
 
@@ -287,28 +290,28 @@ def test_download_fresh_then_reused(target, part):
 def test_download_resumes_or_starts_over(target, part, ranges, status):
     part.write_bytes(CONTENT[:100_000])
     with serve(ranges) as (url, seen):
-        imdb.download(url, target, MD5)
+        imdb.download(url, target, WAY, MD5)
     assert seen == [("bytes=100000-", status)]
     assert target.read_bytes() == CONTENT and not part.exists()
 
 
 def test_download_lost_connection_keeps_the_part(target, part, error):
     with serve(drop_after=200_000) as (url, _):
-        message = error(imdb.download, url, target, MD5)
+        message = error(imdb.download, url, target, WAY, MD5)
         assert url in message and "--archive FILE" in message and "200,000 of 300,000 bytes" in message
         assert part.read_bytes() == CONTENT[:200_000] and not target.exists()
-        imdb.download(url, target, MD5)
+        imdb.download(url, target, WAY, MD5)
     assert target.read_bytes() == CONTENT
 
 
 def test_download_complete_part(target, part, error):
     part.write_bytes(CONTENT)
     with serve() as (url, seen):
-        imdb.download(url, target, MD5)
+        imdb.download(url, target, WAY, MD5)
         assert target.read_bytes() == CONTENT
         target.unlink()
         part.write_bytes(CONTENT + b"too much")  # nothing that a server could add
-        assert "expected " + MD5 in error(imdb.download, url, target, MD5)
+        assert "expected " + MD5 in error(imdb.download, url, target, WAY, MD5)
     assert [status for _, status in seen] == [416, 416]
     assert not part.exists() and not target.exists()
 
@@ -317,7 +320,7 @@ def test_download_complete_part(target, part, error):
 def test_download_wrong_checksum_is_removed(target, part, error, start):
     part.write_bytes(start)
     with serve() as (url, _):
-        message = error(imdb.download, url, target, MD5 if start else "0" * 32)
+        message = error(imdb.download, url, target, WAY, MD5 if start else "0" * 32)
     assert url in message and "expected" in message and "--archive FILE" in message
     assert not part.exists() and not target.exists()
 
@@ -325,8 +328,8 @@ def test_download_wrong_checksum_is_removed(target, part, error, start):
 def test_download_without_a_server(target, part, error):
     part.write_bytes(CONTENT[:10])
     with serve() as (url, _):
-        assert "404" in error(imdb.download, url.replace("imdb.tar", "other.tar"), target, MD5)
-    message = error(imdb.download, url, target, MD5)  # nobody listens there any more
+        assert "404" in error(imdb.download, url.replace("imdb.tar", "other.tar"), target, WAY, MD5)
+    message = error(imdb.download, url, target, WAY, MD5)  # nobody listens there any more
     assert url in message and "--archive FILE" in message
     assert part.read_bytes() == CONTENT[:10] and not target.exists()
 

@@ -22,8 +22,6 @@ each part two more reviews are copies but for white space and line breaks.
 """
 
 import argparse
-import hashlib
-import http.client
 import lzma
 import os
 import random
@@ -31,8 +29,6 @@ import re
 import sys
 import tarfile
 import time
-import urllib.error
-import urllib.request
 import zlib
 from pathlib import Path
 
@@ -41,7 +37,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root, for the imports below
 
 from common import fail, sha256, write_jsonl  # noqa: E402
-from data import check_prepared, publish  # noqa: E402
+from data import check_prepared, download, publish  # noqa: E402
 from data.tokenizer import Tokenizer, train_bpe  # noqa: E402
 
 URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
@@ -57,40 +53,6 @@ MIN_K, MAX_K = 2, 8  # prompt length, tokens
 
 
 # ---- getting and reading the archive ---------------------------------------------------------------------------------
-
-def download(url: str, target: Path, md5: str) -> Path:
-    """Fetch `url` to `target` by way of `target`.part, which is continued if an earlier run left one."""
-    if target.exists():  # only ever renamed to this name after its checksum was right
-        return target
-    part = target.with_name(target.name + ".part")
-    have = part.stat().st_size if part.exists() else 0  # bytes
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            if response.status != 206:  # 206 Partial Content; a server that ignores Range says 200 and sends it all
-                have = 0
-            size = None if response.length is None else have + response.length  # bytes, if the server tells
-            bar = tqdm(desc=target.name, initial=have, total=size, unit="B", unit_scale=True, disable=None)
-            with bar, part.open("ab" if have else "wb") as file:
-                while block := response.read(1 << 16):
-                    have += file.write(block)
-                    bar.update(len(block))
-            if size is not None and have < size:  # http.client does not tell a lost connection from the end
-                raise ConnectionError(f"connection lost after {have:,} of {size:,} bytes")
-    except (OSError, http.client.HTTPException) as error:
-        if isinstance(error, urllib.error.HTTPError):
-            error.close()
-        # 416 Range Not Satisfiable: nothing is left to send, so the part is complete, or wrong: the checksum will tell
-        if getattr(error, "code", None) != 416:
-            fail(f"could not fetch {url} ({error}); run again to resume, or give a copy with --archive FILE")
-    with part.open("rb") as file:
-        found = hashlib.file_digest(file, "md5").hexdigest()
-    if found != md5:
-        part.unlink()  # resuming would never mend it
-        fail(f"{url} has md5 {found}, expected {md5}; removed it: run again, or give a copy with --archive FILE")
-    os.replace(part, target)
-    return target
-
 
 def read_archive(path: Path) -> dict[str, list[dict]]:
     """{"train" | "test" | "unsup": cleaned rows {"text", "label"}}, ordered by label and number, not as in the archive.
@@ -201,7 +163,7 @@ def prepare(archive: Path | None, out: Path = OUT, vocab_size: int = 4096, seed:
     # 2. get the archive, read it, drop the copies
     if archive is None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        archive = download(URL, out.parent / URL.rsplit("/", 1)[1], MD5)
+        archive = download(URL, out.parent / URL.rsplit("/", 1)[1], "give a copy with --archive FILE", MD5)
     parts, dropped = deduplicate(read_archive(archive))
     report("kept " + ", ".join(f"{len(rows):,} {part}" for part, rows in parts.items()))
     report("dropped " + ", ".join(f"{number:,} {kind}" for kind, number in dropped.items() if number))
