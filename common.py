@@ -63,9 +63,16 @@ def comments(cls: type) -> dict[str, str]:
     return found
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line on stderr without the usage in front."""
+
     def error(self, message: str) -> NoReturn:
         fail(f"{message} (see --help)")
+
+
+def _one_line_on_ctrl_c(kind: type, error: BaseException, trace: Any) -> None:
+    """Ctrl-C where no Run is there to catch it (while data is read, samples are drawn) prints no traceback either."""
+    print("\nstopped", file=sys.stderr) if kind is KeyboardInterrupt else sys.__excepthook__(kind, error, trace)
 
 
 def defaults(cls: type, dataset: str, preset: str = "cpu", **settings: Any) -> Any:
@@ -85,7 +92,8 @@ def parse(cls: type, description: str, argv: list[str] | None = None) -> Any:
     dataclass's own __post_init__ refuses stop with one line.
     """
     argv = sys.argv[1:] if argv is None else argv
-    first = _Parser(add_help=False, allow_abbrev=False)
+    sys.excepthook = _one_line_on_ctrl_c
+    first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", default="reviews")
     first.add_argument("--preset", default="cpu")
     first.add_argument("--on", default="")
@@ -94,7 +102,7 @@ def parse(cls: type, description: str, argv: list[str] | None = None) -> Any:
     if not special and chosen["preset"] != "cpu":
         fail(f"--preset {chosen['preset']}: there is no such preset for --dataset {chosen['dataset']} (known: "
              + ", ".join(f"{key[0]} {key[1]}" for key in cls.PRESETS if len(key) == 2) + ")")
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     types, reasons = typing.get_type_hints(cls), comments(cls)
     for field in dataclasses.fields(cls):
         kind, flag = types[field.name], "--" + field.name.replace("_", "-")
@@ -113,6 +121,18 @@ def require(condition: bool, message: str) -> None:
     """For Config.__post_init__: a value out of range stops with one line."""
     if not condition:
         fail(message)
+
+
+def require_numbers(config: Any, above_0: str, from_0: str) -> None:
+    """For Config.__post_init__: the fields named in `above_0` are > 0, those in `from_0` >= 0, all of them finite.
+
+    A nan is in no range, an infinity in none that ends.
+    """
+    for names, sign in ((above_0, ">"), (from_0, ">=")):
+        for name in names.split():
+            value = getattr(config, name)
+            require(0 < value < 2**63 or (value == 0 and sign == ">="),
+                    f"--{name.replace('_', '-')} {value}: must be {sign} 0 and finite")
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -135,8 +155,11 @@ def atomic_write(path: str | Path, content: bytes | Callable[[Any], None], keep:
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(temporary, path)
-    except OSError as error:
-        fail(f"{path}: cannot be written ({error.strerror})")
+    except (OSError, RuntimeError) as error:  # on a full disk, torch.save makes a RuntimeError out of the OSError
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        fail(f"{path}: cannot be written ({reason.strerror})")
     finally:
         temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
 
@@ -179,7 +202,7 @@ def read_jsonl(path: str | Path, fields: dict[str, type | tuple[type, ...]]) -> 
             row = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
             fail(f"{path}, line {number}: not UTF-8 (byte {error.start + 1} of the line)")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             fail(f"{path}, line {number}: not JSON ({error})")
         if not isinstance(row, dict):
             fail(f"{path}, line {number}: expected a JSON object with {', '.join(fields)}")
@@ -205,7 +228,7 @@ def fingerprint(state: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -260,7 +283,7 @@ def pad(rows: list[list[int]] | list[torch.Tensor], value: int) -> tuple[torch.T
 
 
 def warmup_cosine(step: int, steps: int, warmup: int, floor: float = 0.1) -> float:
-    """Learning-rate factor: linear from 1/warmup to 1, then half a cosine down to `floor` at the last step."""
+    """Learning-rate factor: linear from 1/warmup to 1, then half a cosine down to `floor` after the last step."""
     if step < warmup:
         return (step + 1) / warmup
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
@@ -332,10 +355,7 @@ class Run:
         self.folder, self.model, self.optimizers, self.config = Path(config.out), model, optimizers, config
         self.checkpoint_path, self.step, self.started = self.folder / "checkpoint.pt", 0, time.time()
         settings = {**dataclasses.asdict(config), "built_from": built_from}
-        compare_settings(self.folder, settings, "give another folder with --out, or delete this one")
-        unfinished = [p for p in (self.checkpoint_path, self.checkpoint_path.with_suffix(".prev.pt")) if p.exists()]
-        if unfinished and not config.resume:
-            fail(f"{self.folder} holds an unfinished run: go on with --resume, or delete the folder")
+        check_folder(config, built_from)
         write_json(self.folder / "config.json", {**settings, "machine": describe_machine()})
         rows = []
         if config.resume and (state := load_checkpoint(self.checkpoint_path)):
@@ -349,7 +369,7 @@ class Run:
                 rows = [line for line in text if line.endswith("}") and json.loads(line)["step"] < self.step]
         atomic_write(self.folder / "log.jsonl", "".join(row + "\n" for row in rows).encode())
         self.rows = [json.loads(row) for row in rows]
-        self._log = open(self.folder / "log.jsonl", "a", encoding="utf-8")
+        self._log = open(self.folder / "log.jsonl", "ab", buffering=0)
         self._saved = time.time()
         self._interrupted = False
         if hasattr(signal, "SIGINT") and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -362,8 +382,10 @@ class Run:
     def log(self, **values: Any) -> None:
         """One JSON line; every script passes step=."""
         self.rows.append(values)
-        self._log.write(json.dumps(values) + "\n")
-        self._log.flush()
+        try:
+            self._log.write((json.dumps(values) + "\n").encode())
+        except OSError as error:
+            fail(f"{self.folder / 'log.jsonl'}: cannot be written ({error.strerror})")
 
     def check_finite(self, step: int, rows: torch.Tensor, **parts: float) -> None:
         """Stop before the optimizer sees a NaN or an infinity; the last good checkpoint stays as it is."""
@@ -390,9 +412,26 @@ class Run:
         self._log.close()
         weights = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
         atomic_write(self.folder / "model.pt", lambda file: torch.save({"model": weights, **extra}, file))
-        for path in (self.checkpoint_path, self.checkpoint_path.with_suffix(".prev.pt")):
+        for path in (self.checkpoint_path, self.checkpoint_path.with_suffix(".prev.pt"),
+                     *self.folder.glob(".*.tmp")):  # these, a kill in the middle of a write has left
             path.unlink(missing_ok=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def check_folder(config: Any, built_from: dict | None = None) -> None:
+    """Stop if config.out cannot take this run: made with other settings, unfinished and not to be resumed, not writable.
+
+    Changes nothing, so every script asks before it builds what the run needs, which can take hours; Run asks again when
+    it is known what the run is built from.
+    """
+    folder = Path(config.out)
+    settings = dataclasses.asdict(config) | ({"built_from": built_from} if built_from else {})
+    compare_settings(folder, settings, "give another folder with --out, or delete this one")
+    if any((folder / name).exists() for name in ("checkpoint.pt", "checkpoint.prev.pt")) and not config.resume:
+        fail(f"{folder} holds an unfinished run: go on with --resume, or delete the folder")
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        fail(f"{folder}: cannot be written ({there} is {'not writable' if there.is_dir() else 'not a folder'})")
 
 
 def finished(config: Any, built_from: dict | None = None) -> bool:

@@ -33,8 +33,8 @@ from tqdm import tqdm
 import evaluate
 import reward_model
 import sft
-from common import (Run, adamw, autocast, batches, device, fingerprint, pad, parse, require, runs_folder, sha256,
-                    write_json, write_jsonl)
+from common import (Run, adamw, autocast, batches, check_folder, device, fingerprint, pad, parse, require,
+                    require_numbers, runs_folder, sha256, write_json, write_jsonl)
 from data.pairs import encode_pairs, ensure_pairs, label_scale, read_pairs
 from data.tokenizer import Tokenizer
 from model import load_run, response_logprobs, summed_logprobs
@@ -53,7 +53,7 @@ class Config:
     epochs: float = 1.0  # passes over the pairs; the paper makes one
     batch_size: int = 32  # pairs a step
     micro_batch_size: int = 0  # pairs a forward pass, if memory is short; 0 = all at once; same gradient
-    lr: float = 5e-4  # learning rate after the warm-up, then falling linearly to 0
+    lr: float = 3e-4  # learning rate after the warm-up, then falling linearly to 0
     warmup: int = 15  # steps of linear warm-up
     max_grad_norm: float = 1.0  # gradient clipping
     seed: int = 0  # order of the pairs
@@ -66,10 +66,9 @@ class Config:
                                ("imdb", "gpu"): dict(labels="argmax", lr=5e-5, warmup=150, batch_size=64)}
 
     def __post_init__(self) -> None:
-        require(self.beta > 0, f"--beta {self.beta}: must be > 0")
+        require_numbers(self, above_0="beta epochs batch_size lr warmup max_grad_norm",
+                        from_0="micro_batch_size seed checkpoint_every")
         require(0 <= self.label_smoothing < 0.5, f"--label-smoothing {self.label_smoothing}: must be in [0, 0.5)")
-        require(self.lr > 0 and self.epochs > 0, "--lr and --epochs must be > 0")
-        require(min(self.batch_size, self.warmup) > 0, "--batch-size and --warmup must be > 0")
         base = Path(self.sft).parent if self.sft else runs_folder(self.dataset, self.preset)
         labels = "-own" if self.pairs else "-argmax" if self.labels == "argmax" and self.dataset == "reviews" else ""
         self.out = self.out or str(base / f"dpo{labels}-beta{self.beta:g}-seed{self.seed}")
@@ -100,15 +99,18 @@ def dpo_loss(chosen_logprobs: torch.Tensor, rejected_logprobs: torch.Tensor, ref
 def train(config: Config) -> Path:
     """Build what is missing, train, evaluate, and return the run folder."""
     # ---- 1) the reference policy, the gold reward and the pairs ------------------------------------------------------
+    check_folder(config)
+    own_pairs = read_pairs(config.pairs) if config.pairs else []
     sft_folder = sft.ensure(config.sft, config.dataset, config.preset, config.dtype)
     base = sft_folder.parent
     ref, meta = load_run(sft_folder)
     tokenizer = Tokenizer.load(sft_folder / "tokenizer.tiktoken")
     evaluate.check_same_task(sft_folder, meta, {"dataset": config.dataset, "tokenizer": tokenizer.fingerprint})
     weights = fingerprint(ref.state_dict())
+    pairs = encode_pairs(own_pairs, tokenizer, ref.config.block_size, config.pairs) if own_pairs else []
     gold = reward_model.ensure_gold(sft_folder, config.dataset, config.preset, config.dtype)
     path = config.pairs or ensure_pairs(base, config.dataset, config.preset, config.labels, ref, tokenizer, weights, gold)
-    pairs = encode_pairs(read_pairs(path), tokenizer, ref.config.block_size, path)
+    pairs = pairs or encode_pairs(read_pairs(path), tokenizer, ref.config.block_size, path)
     held = len(pairs) // 20  # the last pairs, of prompts that are not trained on, measure the implicit reward
     # one row holds a chosen response, and the row `len(pairs)` further on its rejected one
     tokens, lengths = pad([p.prompt + p.chosen for p in pairs] + [p.prompt + p.rejected for p in pairs], tokenizer.pad)
@@ -172,8 +174,8 @@ def train(config: Config) -> Path:
         result |= {"held_out_loss": losses.mean().item(),
                    "held_out_accuracy": (chosen_rewards > rejected_rewards).float().mean().item()}
     run.log(**result)
-    run.finish(kind="GPT", architecture=asdict(policy.config), dataset=config.dataset, tokenizer=tokenizer.fingerprint)
     tokenizer.save(run.folder / "tokenizer.tiktoken")
+    run.finish(kind="GPT", architecture=asdict(policy.config), dataset=config.dataset, tokenizer=tokenizer.fingerprint)
     bank = evaluate.ensure_bank(base, config.dataset, config.preset, ref, tokenizer, weights, gold)
     name = f"DPO beta {config.beta:g}"
     sampled = evaluate.sample_policy(policy, ref, tokenizer, bank.prompts, gold)

@@ -28,7 +28,8 @@ from typing import Callable
 
 import torch
 
-from common import autocast, compare_settings, device, fail, fingerprint, read_json, read_jsonl, write_json, write_jsonl
+from common import (Parser, autocast, compare_settings, device, fail, fingerprint, read_json, read_jsonl, write_json,
+                    write_jsonl)
 from data import ensure as ensure_data
 from data.pairs import sampled_responses
 from data.tokenizer import Tokenizer
@@ -82,7 +83,7 @@ def frontier(rewards: torch.Tensor, points: int = 60) -> list[dict[str, float]]:
     for beta in torch.logspace(1.5, -3, points, dtype=torch.float64).tolist():
         weights = optimal_weights(rewards, beta)
         ess = effective_sample_size(weights).mean().item()
-        if ess < MIN_ESS:
+        if curve and ess < MIN_ESS:
             break
         curve.append({"beta": beta, "kl": optimal_kl(rewards, beta).mean().item(),
                       "reward": (weights * rewards).sum(1).mean().item(), "ess": ess})
@@ -168,6 +169,7 @@ def ensure_bank(base: Path, dataset: str, preset: str, ref: GPT, tokenizer: Toke
     compare_settings(folder, settings, f"delete {folder} to sample the bank again")
     path = folder / "bank.jsonl"
     if not path.exists():
+        write_json(folder / "config.json", settings)  # first: a bank without its settings would pass for any other
         prompts = test_prompts(dataset)[:M]
         parts, texts = sampled_responses(ref, tokenizer, prompts, N, BANK_SEED,
                                          description=f"bank: {N} responses to {len(prompts)} test prompts")
@@ -175,7 +177,6 @@ def ensure_bank(base: Path, dataset: str, preset: str, ref: GPT, tokenizer: Toke
         lengths = torch.cat([part.lengths - part.prompt_lengths for part in parts]).view(-1, N).tolist()
         write_jsonl(path, ({"prompt": prompt, "rewards": [round(r, 6) for r in rewards[i]], "lengths": lengths[i],
                             "responses": texts[i * N:(i + 1) * N]} for i, prompt in enumerate(prompts)))
-        write_json(folder / "config.json", settings)
     rows = read_jsonl(path, {"prompt": str, "rewards": list, "lengths": list, "responses": list})
     return Bank([row["prompt"] for row in rows], torch.tensor([row["rewards"] for row in rows]),
                 torch.tensor([row["lengths"] for row in rows]), [row["responses"] for row in rows])
@@ -224,17 +225,22 @@ def summary(bank: Bank, policies: dict[str, Policy], end_beta: float | None = No
         if n < bank.rewards.shape[1]:
             weights = best_of_n_weights(bank.rewards, n)
             rows[f"best of {n}"] = bank_row(bank, weights, torch.full((len(bank.rewards),), best_of_n_kl(n)))
-    betas = {f"optimum at the KL of {name}": beta_at(bank.rewards, rows[name]["kl"], curve) for name in policies}
+    betas = {}
+    for name in policies:
+        within = optimal_reward(curve, rows[name]["kl"])[1]
+        betas[f"optimum at the KL of {name}" if within else f"optimum, up to where {bank.rewards.shape[1]} samples show it"] = (
+            beta_at(bank.rewards, rows[name]["kl"], curve))
     if end_beta:
         betas["optimum, where theory ends"] = end_beta
     for name, beta in betas.items():
         weights = optimal_weights(bank.rewards, beta)
         rows[name] = bank_row(bank, weights, optimal_kl(bank.rewards, beta)) | {
             "beta": beta, "effective_sample_size": effective_sample_size(weights).mean().item()}
-    for name, value in rows.items():
+    for value in rows.values():
         value["share"], value["share_known"] = share_of_optimum(curve, value["reward"], value["kl"], ref_reward)
-        if value["kl"] == 0:
-            value["share"], value["share_known"] = 0.0, True
+        # next to the reference there is hardly anything to gain, and a share of it would be noise divided by noise
+        if optimal_reward(curve, value["kl"])[0] - ref_reward < 3 * rows["SFT"]["reward_se"]:
+            value["share"] = None
     return rows
 
 
@@ -270,7 +276,7 @@ def print_table(rows: dict[str, dict]) -> None:
     width = max(map(len, rows))
     print(f"\n{'':{width}}  {'gold reward':>15}  {'KL, nats':>14}  {'of optimum':>10}  {'length':>12}  {'wins vs SFT':>11}")
     for name, r in rows.items():
-        share = "" if name == "SFT" else f"{'' if r['share_known'] else '<= '}{r['share']:.0%}"
+        share = "" if r["share"] is None else f"{'' if r['share_known'] else '<= '}{r['share']:.0%}"
         wins = f"{r['win_rate_over_sft']:.0%}" if "win_rate_over_sft" in r else ""
         kl = f"{r['kl']:.2f} +- {r['kl_se']:.2f}" if not name.startswith("best") else f"<= {r['kl']:.2f}"
         print(f"{name:{width}}  {r['reward']:.3f} +- {r['reward_se']:.3f}  {kl:>14}  {share:>10}  "
@@ -292,7 +298,7 @@ def draw_frontier(axis, bank: Bank, rows: dict[str, dict]) -> None:
     best = [(r["kl"], r["reward"]) for name, r in rows.items() if name.startswith("best of")]
     axis.plot(*zip(*best), "o:", color="tab:gray", label="best of 2, 4, 16 (KL bound)")
     for name, r in rows.items():
-        if name.startswith(("best of", "optimum at")):
+        if name.startswith(("best of", "optimum at", "optimum, up")):
             continue
         if name.startswith("optimum"):
             axis.plot(r["kl"], r["reward"], "*", color="black", markersize=12, label="where theory ends")
@@ -308,36 +314,38 @@ def main(runs: list[str]) -> None:
         if not (Path(run) / "model.pt").exists():
             fail(f"{run}: no finished run there (no model.pt)")
     settings = [read_json(Path(run) / "config.json") for run in runs]
-    sfts = {s.get("sft") or str(Path(run).parent / "sft") for s, run in zip(settings, runs)}
+    sfts = {Path(s.get("sft") or Path(run).parent / "sft").resolve() for s, run in zip(settings, runs)}
     if len(sfts) > 1:
-        fail(f"these runs have different references ({', '.join(sorted(sfts))}): evaluate them apart")
-    base, dataset, preset = Path(sfts.pop()).parent, settings[0]["dataset"], settings[0]["preset"]
-    ref, meta = load_run(base / "sft")
-    tokenizer = Tokenizer.load(base / "sft" / "tokenizer.tiktoken")
-    gold = gold_reward(dataset, base)
-    bank = ensure_bank(base, dataset, preset, ref, tokenizer, fingerprint(ref.state_dict()), gold)
-    policies = {}
-    for run in runs:
-        policy, other = load_run(run)
-        check_same_task(run, other, meta)
-        policies[Path(run).name] = sample_policy(policy, ref, tokenizer, bank.prompts, gold)
+        fail(f"these runs have different references ({', '.join(map(str, sorted(sfts)))}): evaluate them apart")
+    sft, dataset, preset = sfts.pop(), settings[0]["dataset"], settings[0]["preset"]
+    ref, meta = load_run(sft)
+    tokenizer = Tokenizer.load(sft / "tokenizer.tiktoken")
+    check_same_task(sft, meta, {"dataset": dataset, "tokenizer": tokenizer.fingerprint})
+    names = [Path(run).name for run in runs]
+    loaded = dict(zip(runs if len(set(names)) < len(names) else names, map(load_run, runs)))
+    for name, (_, other) in loaded.items():
+        check_same_task(name, other, meta)
+    gold = gold_reward(dataset, sft.parent)
+    bank = ensure_bank(sft.parent, dataset, preset, ref, tokenizer, fingerprint(ref.state_dict()), gold)
+    policies = {name: sample_policy(policy, ref, tokenizer, bank.prompts, gold) for name, (policy, _) in loaded.items()}
     rows = summary(bank, policies)
     print_table(rows)
     for i, (a, policy_a) in enumerate(policies.items()):
         for b, policy_b in list(policies.items())[i + 1:]:
             print(f"{a} wins over {b}: {win_rate(policy_a.rewards, policy_b.rewards):.1%} of comparisons")
     for run in runs:
-        write_json(Path(run) / "evaluation.json", {"SFT": rows["SFT"], "policy": rows[Path(run).name]})
+        path = Path(run) / "evaluation.json"  # what training wrote there besides the table stays
+        write_json(path, {**(read_json(path) if path.exists() else {}), "table": rows})
 
 
 def check_same_task(run: str | Path, meta: dict, expected: dict) -> None:
     """A checkpoint of another vocabulary or dataset stops here, with both named."""
-    for name in ("tokenizer", "dataset"):
+    for name in sorted({"tokenizer", "dataset"} & set(expected)):
         if meta[name] != expected[name]:
             fail(f"{run} was trained with {name} {meta[name]!r}, expected {expected[name]!r}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="+", help="folders of finished runs: sft, dpo, ...")
     main(parser.parse_args().run)

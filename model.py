@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from common import atomic_write, autocast, device, fail, write_json
 
@@ -130,28 +131,31 @@ class ScalarModel(nn.Module):
 # ---- log-probabilities -----------------------------------------------------------------------------------------------
 
 class _HeadLogProbs(torch.autograd.Function):
-    """log softmax(hidden @ head.T)[targets], keeping one (N, V) buffer where autograd would keep three.
+    """log softmax(hidden @ head.T / temperature)[targets], in one (N, V) buffer where autograd would fill four.
 
-    d log p[y] / d logits = onehot(y) - softmax(logits), so the backward pass turns the buffer of probabilities into the
-    gradient in place. At a small vocabulary this is the largest cost outside the matrix products.
+    With e = exp(logits - max), softmax = e / sum(e) and d log p[y] / d logits = onehot(y) - e / sum(e): the backward pass
+    turns the buffer that holds e into the gradient in place.
     """
 
     @staticmethod
     def forward(ctx, hidden, head, targets, temperature):  # (N, C), (V, C), (N,), a float
-        logits = F.linear(hidden, head).float()
+        logits = F.linear(hidden, head)
+        logits = logits.float() if logits.dtype != torch.float64 else logits
         if temperature != 1.0:
             logits /= temperature
-        chosen = logits.gather(1, targets[:, None])
-        normalizer = logits.logsumexp(1, keepdim=True)
-        ctx.save_for_backward(hidden, head, targets, logits.sub_(normalizer).exp_())
+        chosen, top = logits.gather(1, targets[:, None]), logits.amax(1, keepdim=True)
+        e = logits.sub_(top).exp_()
+        total = e.sum(1, keepdim=True)
+        ctx.save_for_backward(hidden, head, targets, e, total)
         ctx.temperature = temperature
-        return (chosen - normalizer).squeeze(1)
+        return (chosen - top - total.log()).squeeze(1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):  # (N,)
-        hidden, head, targets, probs = ctx.saved_tensors
+        hidden, head, targets, e, total = ctx.saved_tensors
         gradient = gradient[:, None] / ctx.temperature
-        d_logits = probs.mul_(-gradient).scatter_add_(1, targets[:, None], gradient).to(hidden.dtype)
+        d_logits = e.mul_(-gradient / total).scatter_add_(1, targets[:, None], gradient).to(hidden.dtype)
         return d_logits @ head, d_logits.t() @ hidden, None, None
 
 

@@ -29,8 +29,8 @@ from tqdm import tqdm
 import data
 import evaluate
 import sft
-from common import (Run, adamw, autocast, batches, defaults, device, fail, finished, fingerprint, generator, pad, parse,
-                    read_jsonl, require, runs_folder, sha256, warmup_cosine)
+from common import (Run, adamw, autocast, batches, check_folder, defaults, device, fail, finished, fingerprint, generator,
+                    pad, parse, read_jsonl, require, require_numbers, runs_folder, sha256, warmup_cosine)
 from data.pairs import encode_pairs, ensure_pairs, read_pairs
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig, ScalarModel, load_run
@@ -62,14 +62,15 @@ class Config:
     PRESETS: ClassVar[dict] = {
         ("imdb", "cpu"): dict(labels="argmax"),
         ("imdb", "gpu"): dict(labels="argmax", lr=1e-4),
-        ("imdb", "cpu", "labels"): dict(block_size=160, epochs=4.0, lr=3e-4, warmup=100, weight_decay=0.1),
+        ("imdb", "cpu", "labels"): dict(block_size=160, epochs=3.0, lr=3e-4, warmup=100, weight_decay=0.1),
         ("imdb", "gpu", "labels"): dict(block_size=256, epochs=4.0, lr=1e-4, warmup=200, weight_decay=0.1),
     }
 
     def __post_init__(self) -> None:
-        require(self.lr > 0 and self.epochs > 0, "--lr and --epochs must be > 0")
-        require(min(self.batch_size, self.warmup) > 0, "--batch-size and --warmup must be > 0")
-        require(self.block_size >= 0, "--block-size must be >= 0")
+        require_numbers(self, above_0="epochs batch_size lr warmup max_grad_norm",
+                        from_0="block_size micro_batch_size weight_decay seed checkpoint_every")
+        require(self.block_size == 0 or self.block_size > 2, f"--block-size {self.block_size}: must be 0 or > 2")
+        require(self.on == "pairs" or not self.pairs, "--pairs: needs --on pairs")
         base = Path(self.sft).parent if self.sft else runs_folder(self.dataset, self.preset)
         self.out = self.out or str(base / ("reward-model" if self.on == "pairs" else "gold"))
 
@@ -104,6 +105,13 @@ def scalar_model(policy: GPT, block_size: int, seed: int) -> ScalarModel:
 def train(config: Config) -> Path:
     """Train on pairs or on labels, measure on held-out rows, and return the run folder."""
     # ---- 1) the SFT policy, and rows of ids --------------------------------------------------------------------------
+    check_folder(config)
+    own_pairs = read_pairs(config.pairs) if config.pairs else []
+    if config.on == "labels":
+        path = data.ensure(config.dataset) / "train.jsonl"
+        documents = [row for row in read_jsonl(path, {"text": str}) if row.get("label") is not None]
+        if not documents:
+            fail(f"--on labels: no row of {path} has a label")
     sft_folder = sft.ensure(config.sft, config.dataset, config.preset, config.dtype)
     policy, meta = load_run(sft_folder)
     tokenizer = Tokenizer.load(sft_folder / "tokenizer.tiktoken")
@@ -114,15 +122,11 @@ def train(config: Config) -> Path:
         gold = None if config.pairs else ensure_gold(sft_folder, config.dataset, config.preset, config.dtype)
         path = config.pairs or ensure_pairs(sft_folder.parent, config.dataset, config.preset, config.labels, policy,
                                             tokenizer, weights, gold)
-        pairs = encode_pairs(read_pairs(path), tokenizer, block_size, path)
+        pairs = encode_pairs(own_pairs or read_pairs(path), tokenizer, block_size, path)
         n, held = len(pairs), len(pairs) // 20  # the last pairs, of prompts that are not trained on
         tokens, lengths = pad([p.prompt + p.chosen for p in pairs] + [p.prompt + p.rejected for p in pairs], tokenizer.pad)
         sizes = torch.maximum(*lengths.view(2, -1))[:n - held]
     else:
-        path = data.ensure(config.dataset) / "train.jsonl"
-        documents = [row for row in read_jsonl(path, {"text": str}) if row.get("label") is not None]
-        if not documents:
-            fail(f"--on labels: no row of {path} has a label")
         ids, labels = tokenizer.encode_batch([row["text"] for row in documents]), torch.tensor([float(row["label"]) for row in documents])
         n, held = len(ids), len(ids) // 20
         sizes = torch.tensor([min(len(row), block_size) for row in ids[:n - held]])

@@ -29,6 +29,7 @@ def publish(folder: Path, task: str, write: Callable[[Path], dict]) -> dict:
     Whoever looks sees a complete folder or none. Returns the meta with the checksums added.
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had our number
     try:
         temporary.mkdir(parents=True)
         meta = {"task": task, **write(temporary)}
@@ -56,12 +57,12 @@ def check_prepared(folder: Path) -> dict | None:
 
 
 def ensure(dataset: str) -> Path:
-    """The prepared folder of a dataset; data/<dataset>/prepare.py makes it if it is missing."""
+    """The prepared folder of a dataset, checked; data/<dataset>/prepare.py makes it if it is missing."""
     folder = ROOT / "data" / dataset / "prepared"
     if not (ROOT / "data" / dataset / "prepare.py").exists():
         known = sorted(path.parent.name for path in (ROOT / "data").glob("*/prepare.py"))
         fail(f"--dataset {dataset}: there is no data/{dataset}/prepare.py (known: {', '.join(known)})")
-    if not (folder / "meta.json").exists():
+    if not check_prepared(folder):
         importlib.import_module(f"data.{dataset}.prepare").prepare(out=folder)
     return folder
 

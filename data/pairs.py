@@ -95,7 +95,7 @@ def label_pairs(rewards: torch.Tensor, labels: Literal["bt", "argmax"], scale: f
 
 # (dataset, preset): prompts to sample for, samples of each, and the scale of the Bradley-Terry labels, with which
 # they agree with the gold order 75 to 80% of the time, as human annotators do
-SIZES = {("reviews", "cpu"): dict(prompts=800, samples=4, scale=5.0),
+SIZES = {("reviews", "cpu"): dict(prompts=1600, samples=4, scale=5.0),
          ("imdb", "cpu"): dict(prompts=4000, samples=4, scale=5.0),
          ("imdb", "gpu"): dict(prompts=20000, samples=4, scale=5.0)}
 
@@ -156,9 +156,11 @@ def ensure_pairs(base: Path, dataset: str, preset: str, labels: str, model: GPT,
         agree += float(rewards[a] > rewards[b]) + 0.5 * float(rewards[a] == rewards[b])
         rows.append({"prompt": prompts[i], "chosen": texts[a], "rejected": texts[b],
                      "chosen_reward": round(rewards[a].item(), 4), "rejected_reward": round(rewards[b].item(), 4)})
+    if not rows:
+        fail(f"{folder}: no two responses to a prompt differ and encode back from their text: train the SFT policy for longer")
+    write_json(folder / "config.json", {**settings, "pairs": len(rows), "left_out": lost,  # before the pairs: without
+                                        "labels_agree_with_gold": round(agree / len(rows), 4)})  # it they pass for any
     write_jsonl(path, rows)
-    write_json(folder / "config.json", {**settings, "pairs": len(rows), "left_out": lost,
-                                        "labels_agree_with_gold": round(agree / len(rows), 4)})
     print(f"{len(rows)} pairs ({lost} left out: identical, or text that does not encode back), labels agree with the gold "
           f"order {agree / len(rows):.1%}  ->  {path}")
     return path

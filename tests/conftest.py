@@ -1,21 +1,120 @@
-"""The whole suite runs without network: a socket to anything but this machine raises."""
-import socket
+"""The whole suite runs without network, and so do the processes it starts: whatever would leave this machine raises.
+
+Tiny models are made here, too.
+"""
+import itertools
+import json
+import os
+import random
+import runpy
 import sys
 from pathlib import Path
 
-import pytest
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # expectations are computed on the CPU, so the code under test is run there, too
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+OFFLINE = ROOT / "tests" / "offline"  # a sitecustomize.py, which the processes that tests start find by PYTHONPATH
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(OFFLINE), os.environ.get("PYTHONPATH")]))
+runpy.run_path(str(OFFLINE / "sitecustomize.py"))
 
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    connect = socket.socket.connect
+import data  # noqa: E402  (after the path is set)
+import evaluate  # noqa: E402
+import sft  # noqa: E402
+from common import write_jsonl  # noqa: E402
+from data.reviews.grammar import gold_reward, sample_review  # noqa: E402
+from data.tokenizer import train_bpe  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
 
-    def local_only(self, address):
-        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "localhost", "::1"):
-            raise OSError(f"the tests run without network, but something connects to {address}")
-        return connect(self, address)
 
-    monkeypatch.setattr(socket.socket, "connect", local_only)
+# ---- tiny models -----------------------------------------------------------------------------------------------------
+
+def tiny_gpt(vocab_size: int = 11, block_size: int = 12, n_layer: int = 2, n_head: int = 2, n_embd: int = 8, seed: int = 0,
+             size: float = 0.5) -> GPT:
+    """A small GPT with every parameter drawn from N(0, size^2), gains around 1: far from uniform, nothing zero."""
+    model = GPT(GPTConfig(vocab_size, block_size, n_layer, n_head, n_embd))
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(size * torch.randn(parameter.shape, generator=draw) + (".ln_" in name and "weight" in name))
+    return model.eval()
+
+
+def naive_logprobs(model: torch.nn.Module, prompt: list[int], response: list[int]) -> torch.Tensor:
+    """log pi(token | all before it) of each response token, (R,): the definition, one unpadded row, the whole softmax."""
+    table = torch.log_softmax(model(torch.tensor([prompt + response]))[0], -1)
+    return torch.stack([table[len(prompt) + r - 1, token] for r, token in enumerate(response)])
+
+
+def every_response(vocab, length, eos):
+    """All responses of at most `length` tokens that can be sampled: they end at the first eos, or are cut at `length`."""
+    others = [v for v in range(vocab) if v != eos]
+    for n in range(length):
+        yield from ([*start, eos] for start in itertools.product(others, repeat=n))
+    yield from map(list, itertools.product(others, repeat=length))
+
+
+# ---- a small task and a small policy, from which tiny runs start -----------------------------------------------------
+
+@pytest.fixture(scope="session")
+def small_reviews_folder(tmp_path_factory) -> Path:
+    """What data/reviews/prepare.py writes, with fewer rows and tokens: 4,000 reviews, 768 tokens."""
+    folder, rng = tmp_path_factory.mktemp("data"), random.Random(1)
+    texts = [sample_review(rng)[0] for _ in range(4264)]
+    for name, rows in {"train": [{"text": text} for text in texts[:4000]],
+                       "test": [{"text": text} for text in texts[4000:4200]],
+                       "prompts_test": [{"prompt": " ".join(text.split()[:4])} for text in texts[4200:]]}.items():
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    train_bpe(texts[:4000], 768).save(folder / "tokenizer.tiktoken")
+    return folder
+
+
+@pytest.fixture
+def small_reviews(small_reviews_folder, monkeypatch) -> Path:
+    """The scripts find the small task in place of `reviews`, and evaluate on 8 prompts, 16 responses of the reference each."""
+    monkeypatch.setattr(data, "ensure", lambda dataset: small_reviews_folder)
+    monkeypatch.setattr(evaluate, "ensure_data", lambda dataset: small_reviews_folder)
+    monkeypatch.setitem(evaluate.SIZES, ("reviews", "cpu"), (8, 16))
+    return small_reviews_folder
+
+
+@pytest.fixture(scope="session")
+def sft_run(small_reviews_folder, tmp_path_factory) -> Path:
+    """The folder of a finished SFT run on it: one layer of 32 channels, 40 steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "ensure", lambda dataset: small_reviews_folder)
+        return sft.train(sft.Config(out=str(tmp_path_factory.mktemp("runs") / "sft"), n_layer=1, n_head=2, n_embd=32,
+                                    block_size=112, steps=40, batch_size=16, warmup=5, lr=2e-2))
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory) -> Path:
+    """80 pairs: the opening of a review and the rest of two, of which the one with the higher gold reward is chosen."""
+    rng, rows = random.Random(2), []
+    for _ in range(80):
+        (opening, a), (_, b) = (sample_review(rng)[0].split(". ", 1) for _ in range(2))
+        rejected, chosen = sorted((" " + a, " " + b), key=gold_reward)
+        rows.append({"prompt": opening + ".", "chosen": chosen, "rejected": rejected})
+    write_jsonl(path := tmp_path_factory.mktemp("pairs") / "pairs.jsonl", rows)
+    return path
+
+
+@pytest.fixture
+def gradients(monkeypatch) -> list[list[torch.Tensor]]:
+    """Filled, while a script trains, with every step's gradients as they are before clipping."""
+    steps, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def spy(parameters, limit):
+        parameters = list(parameters)
+        steps.append([p.grad.clone() for p in parameters])
+        return clip(parameters, limit)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    return steps
+
+
+def log_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]

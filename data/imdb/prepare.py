@@ -21,7 +21,6 @@ unlabelled texts that are in train and in test. As raw files it is 96, 199 and 4
 each part two more reviews are copies but for white space and line breaks.
 """
 
-import argparse
 import lzma
 import os
 import random
@@ -36,7 +35,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root, for the imports below
 
-from common import fail, sha256, write_jsonl  # noqa: E402
+from common import Parser, fail, sha256, write_jsonl  # noqa: E402
 from data import check_prepared, download, publish  # noqa: E402
 from data.tokenizer import Tokenizer, train_bpe  # noqa: E402
 
@@ -145,7 +144,7 @@ def cut_prompts(rows: list[dict], count: int, tokenizer: Tokenizer, seed: int, e
 
 # ---- the whole -------------------------------------------------------------------------------------------------------
 
-def prepare(archive: Path | None, out: Path = OUT, vocab_size: int = 4096, seed: int = 0) -> dict:
+def prepare(archive: Path | None = None, out: Path = OUT, vocab_size: int = 4096, seed: int = 0) -> dict:
     """Make the folder `out` from `archive` (None: download it), or find it complete; returns its meta.json."""
     # 1. is it there already?
     if vocab_size < 259:
@@ -205,7 +204,7 @@ def prepare(archive: Path | None, out: Path = OUT, vocab_size: int = 4096, seed:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Prepare the Large Movie Review Dataset (IMDb).")
+    parser = Parser(description="Prepare the Large Movie Review Dataset (IMDb).")
     parser.add_argument("--archive", type=Path, help="aclImdb_v1.tar.gz, or the same tree as .tar.xz; else downloaded")
     parser.add_argument("--out", type=Path, default=OUT, help="folder to make (default: %(default)s)")
     parser.add_argument("--vocab-size", type=int, default=4096, help="tokens (default: %(default)s)")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root, for the imports below
 
-from common import write_jsonl  # noqa: E402
+from common import Parser, write_jsonl  # noqa: E402
 from data import check_prepared, publish  # noqa: E402
 from data.reviews.grammar import sample_review  # noqa: E402
 from data.tokenizer import train_bpe  # noqa: E402
@@ -66,4 +66,6 @@ def prepare(out: Path = OUT) -> dict:
 
 
 if __name__ == "__main__":
-    prepare()
+    parser = Parser(description="Prepare the reviews written by a grammar.")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder to make (default: %(default)s)")
+    prepare(**vars(parser.parse_args()))

@@ -1,0 +1,147 @@
+"""How fast is a step? One JSON line each for the SFT, reward-model and DPO step and for generation, at any size.
+
+    python bench.py                                                       # all four, the size of the table in results/bench
+    python bench.py --only dpo --layers 6 --heads 6 --embd 384 --dtype bfloat16
+
+Every step is the whole of it: forward, loss, backward, gradient clipping, optimizer, on random tokens of fixed length,
+with the functions that the scripts train with. A token is one position of one sequence through the model: a DPO or
+reward-model step has 2 * batch * (prompt + comp) of them, an SFT step batch * (prompt + comp), generation batch * comp new
+ones. `peak_share` is the nominal floating-point work (the head counted at every position, although only responses need
+it) over the machine's matrix-product peak, measured here in the same dtype. `other_cpu` is how many cores other processes
+kept busy meanwhile: a line with more than 0.1 says nothing.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from typing import Callable
+
+import torch
+
+from common import adamw, autocast, device
+from dpo import dpo_loss
+from model import GPT, GPTConfig, ScalarModel, generate, response_logprobs
+from reward_model import reward_loss
+from sft import optimizers_for
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["sft", "reward_model", "dpo", "generate"], help="one of the four")
+    for name, value, text in (("layers", 4, "blocks"), ("heads", 4, "attention heads"), ("embd", 128, "channels"),
+                              ("vocab", 4096, "size of the vocabulary"), ("batch", 16, "pairs, or rows"),
+                              ("prompt", 16, "tokens of a prompt"), ("comp", 48, "tokens of a response"),
+                              ("steps", 60, "timed steps, after 5 that are not; a tenth for generation"),
+                              ("threads", torch.get_num_threads(), "CPU threads")):
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} [{value}]")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto = bfloat16 on CUDA only")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the training steps")
+    return parser.parse_args()
+
+
+def synchronize() -> None:
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+
+
+def busy_seconds() -> float:
+    """CPU seconds that all processes of this machine have used; 0 where the system does not tell."""
+    try:
+        with open("/proc/stat") as file:
+            ticks = [int(x) for x in file.readline().split()[1:9]]
+    except OSError:
+        return 0.0
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+
+
+def measure(work: Callable[[], object], steps: int, warmup: int) -> dict[str, float]:
+    """Median and tenth-percentile milliseconds of work(), and the cores that others used meanwhile."""
+    for _ in range(warmup):
+        work()
+    synchronize()
+    times, start, busy, own = [], time.perf_counter(), busy_seconds(), time.process_time()
+    for _ in range(steps):
+        begin = time.perf_counter()
+        work()
+        synchronize()
+        times.append(time.perf_counter() - begin)
+    other = (busy_seconds() - busy - (time.process_time() - own)) / (time.perf_counter() - start)
+    return {"ms_median": statistics.median(times) * 1e3, "ms_p10": sorted(times)[len(times) // 10] * 1e3,
+            "other_cpu": max(0.0, other)}
+
+
+def matmul_peak(dtype: str) -> float:
+    """The machine's best matrix product, FLOP/s, over three sizes, in the dtype that the models run in."""
+    kind = torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and device().type == "cuda") else torch.float32
+    best = 0.0
+    for n in (1024, 2048, 4096):
+        a, b = torch.randn(n, n, device=device()).to(kind), torch.randn(n, n, device=device()).to(kind)
+        best = max(best, 2 * n**3 / measure(lambda: a @ b, 5, 2)["ms_p10"] * 1e3)
+    return best
+
+
+def main(a: argparse.Namespace) -> None:
+    torch.set_num_threads(a.threads)
+    torch.manual_seed(0)
+    T = a.prompt + a.comp
+    config = GPTConfig(a.vocab, T, a.layers, a.heads, a.embd)
+    # multiplications and additions of a forward pass, a token: matrices, head, and attention over half of T on average
+    flop = 2 * (12 * a.layers * a.embd**2) + 2 * a.layers * T * a.embd
+    head = 2 * a.vocab * a.embd
+    peak = matmul_peak(a.dtype)
+    rows = torch.randint(0, a.vocab, (2 * a.batch, T), device=device())
+    rows[a.batch:, :a.prompt] = rows[:a.batch, :a.prompt]  # chosen and rejected share their prompt
+    prompt_lengths, lengths = (torch.full((2 * a.batch,), n, device=device()) for n in (a.prompt, T))
+    reference = torch.full((2, a.batch), -a.comp * 8.0, device=device())
+
+    def step(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], loss: Callable) -> None:
+        with autocast(a.dtype):
+            value = loss(model)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    logprobs = torch.compile(response_logprobs) if a.compile else response_logprobs
+    score = torch.compile(ScalarModel.score) if a.compile else ScalarModel.score
+
+    def sft_loss(model: GPT) -> torch.Tensor:
+        half = slice(0, a.batch)
+        return -logprobs(model, rows[half], prompt_lengths[half], lengths[half]).sum() / (a.batch * a.comp)
+
+    def dpo(model: GPT) -> torch.Tensor:
+        return dpo_loss(*logprobs(model, rows, prompt_lengths, lengths).sum(1).view(2, -1), *reference, 0.1)[0].mean()
+
+    def pairwise(model: ScalarModel) -> torch.Tensor:
+        return reward_loss(*score(model, rows, lengths).view(2, -1)).mean()
+
+    benches = {"sft": (GPT, sft_loss, 1, head), "reward_model": (ScalarModel, pairwise, 2, 0), "dpo": (GPT, dpo, 2, head)}
+    for name in [a.only] if a.only else ["sft", "reward_model", "dpo", "generate"]:
+        if name == "generate":
+            model, draw = GPT(config).to(device()).eval(), torch.Generator().manual_seed(0)
+            prompts = rows[:a.batch, :a.prompt].tolist()
+            with autocast(a.dtype):
+                result = measure(lambda: generate(model, prompts, T, -1, 0, draw), max(5, a.steps // 10), 2)  # -1: no EOS
+            tokens, work = a.batch * a.comp, a.batch * T * (flop + head)
+        else:
+            kind, loss, sequences, head_flop = benches[name]
+            model = kind(config).to(device())
+            optimizers = optimizers_for(model, 1e-4, 0.1) if name == "sft" else [adamw(model, 1e-4, 0.0, (0.9, 0.95))]
+            result = measure(lambda: step(model, optimizers, loss), a.steps, 5)
+            tokens = sequences * a.batch * T
+            work = 3 * tokens * (flop + head_flop)
+        per_second = 1e3 / result["ms_median"]
+        line = {"bench": name, **{k: round(v, 2) for k, v in result.items()}, "tokens_per_s": round(tokens * per_second),
+                ("pairs_per_s" if name in ("dpo", "reward_model") else "rows_per_s"): round(a.batch * per_second, 1),
+                "peak_share": round(work * per_second / peak, 3), "peak_gflops": round(peak / 1e9),
+                "layers": a.layers, "heads": a.heads, "embd": a.embd, "vocab": a.vocab, "batch": a.batch, "prompt": a.prompt,
+                "comp": a.comp, "dtype": a.dtype, "compile": a.compile, "threads": a.threads, "torch": torch.__version__}
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main(arguments())

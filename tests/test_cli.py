@@ -1,0 +1,490 @@
+"""The command line: what is refused, in how many words and how early, and what --help promises.
+
+Every refusal is one line "error: ..." on stderr, exit status 1, no traceback, and not a byte changed on disk. It comes
+before anything is built: a mistake in the last file that a run reads must not cost the hours of the stages before it.
+"""
+import ast
+import dataclasses
+import importlib
+import inspect
+import json
+import os
+import re
+import resource
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import clone
+import common
+import dpo
+import reward_model
+import sft
+from data.tokenizer import Tokenizer
+from model import load_run
+from test_faults import tree
+
+ALGORITHMS = {"sft": sft, "reward_model": reward_model, "dpo": dpo}
+SOURCES = [*clone.ROOT.glob("*.py"), *clone.ROOT.glob("data/*.py"), *clone.ROOT.glob("data/*/*.py")]
+ROW = {"prompt": "The film was", "chosen": " good.", "rejected": " bad."}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return clone.make(tmp_path_factory.mktemp("clone"))
+
+
+@pytest.fixture(scope="module")
+def work(root, tmp_path_factory) -> Path:
+    """A working folder with one finished run of each kind, and everything that can be wrong with one."""
+    work = tmp_path_factory.mktemp("work")
+    runs = work / "runs/reviews"
+    clone.write_pairs(work / "pairs.jsonl")
+    run = lambda *command: clone.run_here(root, work, *command)  # noqa: E731
+    assert run("sft", *clone.TINY) == 0
+    assert run("reward_model", "--sft", "runs/reviews/sft", "--pairs", "pairs.jsonl") == 0
+    assert run("dpo", "--sft", "runs/reviews/sft", "--pairs", "pairs.jsonl") == 0
+
+    def altered(name: str, change) -> None:
+        shutil.copytree(runs / "sft", runs / name)
+        state = torch.load(runs / name / "model.pt", weights_only=True)
+        change(state, runs / name)
+        torch.save(state, runs / name / "model.pt")
+
+    altered("other-task", lambda state, _: state.update(dataset="imdb"))
+    altered("other-tokenizer", lambda _, folder: other_tokenizer(folder))
+    altered("unfinished", lambda state, folder: torch.save(state, folder / "checkpoint.pt"))
+    (runs / "unfinished/model.pt").unlink()
+    shutil.copytree(runs / "sft", runs / "truncated")
+    (runs / "truncated/model.pt").write_bytes((runs / "sft/model.pt").read_bytes()[:5000])
+    shutil.copytree(runs / "sft", runs / "no-tokenizer")
+    (runs / "no-tokenizer/tokenizer.tiktoken").write_text("nothing\n")
+    shutil.copytree(runs / "dpo-own-beta0.1-seed0", work / "runs/imdb/dpo")
+    (work / "runs/imdb/dpo/config.json").write_text(json.dumps({"dataset": "imdb", "preset": "cpu", "sft": "runs/imdb/sft"}))
+    (work / "a file").write_text("")
+    return work
+
+
+def other_tokenizer(folder: Path) -> None:
+    """As many tokens, but two have changed places: every shape fits, every text means something else."""
+    lines = (folder / "tokenizer.tiktoken").read_text().splitlines()
+    words = [line.split()[0] for line in lines[300:302]]
+    lines[300:302] = [f"{words[1]} 300", f"{words[0]} 301"]
+    (folder / "tokenizer.tiktoken").write_text("\n".join(lines) + "\n")
+    Tokenizer.load(folder / "tokenizer.tiktoken")
+
+
+@pytest.fixture
+def refused(root, work):
+    """refused(script, *argv): the one line it stops with, after which the disk is as it was before."""
+    def run(script: str, *argv: str) -> str:
+        before = [tree(work), tree(root)]
+        said = clone.run_here(root, work, script, *argv)
+        assert isinstance(said, str) and said.startswith("error: ") and "\n" not in said, said
+        assert [tree(work), tree(root)] == before, "something was written"
+        return said
+    return run
+
+
+# ---- flags and numbers -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("argv, expected", [
+    (["--nope", "1"], "unrecognized arguments: --nope 1"),
+    (["--bet", "1"], "unrecognized arguments"),  # no abbreviations: --lr must not become --lr-something one day
+    (["--seed", "one"], "argument --seed: invalid int value: 'one'"),
+    (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+    (["--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
+    (["--seed"], "argument --seed: expected one argument"),
+    (["--preset", "gpu"], "there is no such preset for --dataset reviews (known: imdb cpu, imdb gpu)"),
+    (["--dataset", "nope"], "--dataset nope: there is no data/nope/prepare.py (known: imdb, reviews)"),
+    (["--out", "a file"], "a file: cannot be written ("),
+    (["--out", "a file/below"], "a file/below: cannot be written ("),
+    (["--out", "a file/far/below"], "is not a folder)"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize("script", ALGORITHMS)
+def test_mistakes_on_the_command_line(script, argv, expected, refused):
+    assert expected in refused(script, *argv)
+
+
+NUMBERS = [(script, field.name, value) for script, module in ALGORITHMS.items() for field in dataclasses.fields(module.Config)
+           for value in {"float": ("nan", "inf", "-1"), "int": ("-1",)}.get(field.type, ())]
+
+
+@pytest.mark.parametrize("script, name, value", NUMBERS)
+def test_every_number_has_a_range(script, name, value):
+    """nan passes every `if x <= 0`, and inf trains a model of NaNs: no number of any Config takes them, nor a -1."""
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(SystemExit, match=f"^error: {flag} .*: must be "):
+        common.parse(ALGORITHMS[script].Config, "", [flag, value])
+
+
+@pytest.mark.parametrize("argv, expected", [
+    (["--beta", "0"], "--beta 0.0: must be > 0"), (["--beta", "-0.1"], "--beta -0.1: must be > 0"),
+    (["--label-smoothing", "0.5"], "--label-smoothing 0.5: must be in [0, 0.5)"),
+    (["--lr", "0"], "--lr 0.0: must be > 0"), (["--batch-size", "0"], "--batch-size 0: must be > 0"),
+    (["--epochs", "0"], "--epochs 0.0: must be > 0"), (["--warmup", "0"], "--warmup 0: must be > 0"),
+    (["--seed", "1" + 30 * "0"], "must be >= 0 and finite")])
+def test_ranges_of_dpo(argv, expected, refused):
+    assert expected in refused("dpo", *argv)
+
+
+def test_ranges_elsewhere(refused):
+    assert "n_embd 30 is not a multiple of n_head 4" in refused("sft", "--n-embd", "30", "--out", "new")
+    assert "--block-size 2: must be > 2" in refused("sft", "--block-size", "2")
+    assert "--block-size 1: must be 0 or > 2" in refused("reward_model", "--block-size", "1")
+    for setting in dict(lr=0.0), dict(steps=0), dict(n_layer=0), dict(n_embd=0):  # from Python as well as from flags
+        with pytest.raises(SystemExit, match="must be > 0"):
+            sft.Config(**setting)
+
+
+def test_a_flag_that_would_be_ignored_is_refused(refused):
+    """--pairs without --on chosen would train on documents for an hour, and never open the file."""
+    assert "--pairs: needs --on chosen" in refused("sft", "--pairs", "pairs.jsonl")
+    assert "--pairs: needs --on pairs" in refused("reward_model", "--on", "labels", "--pairs", "pairs.jsonl")
+
+
+# ---- pairs -----------------------------------------------------------------------------------------------------------
+
+def lines(*rows) -> bytes:
+    return b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows)
+
+
+BAD_PAIRS = {  # content of the file: what the message says behind its name
+    "no key": (lines(ROW, {"prompt": "a", "chosen": "b"}), ", line 2: no field 'rejected' (found: prompt, chosen)"),
+    "null": (lines(ROW, ROW, {**ROW, "chosen": None}), ", line 3: field 'chosen' is null, expected str"),
+    "number": (lines({**ROW, "prompt": 5}), ", line 1: field 'prompt' is 5, expected str"),
+    "list": (lines({**ROW, "prompt": [{"role": "user"}]}), ", line 1: field 'prompt' is [{"),
+    "bad UTF-8": (lines(ROW, b'{"prompt": "\xff"}'), ", line 2: not UTF-8 (byte 13 of the line)"),
+    "bad JSON": (lines(ROW, b"", b'{"prompt": "a",}'), ", line 3: not JSON ("),  # empty lines are skipped, and counted
+    "nested": (lines(b"[" * 100_000), ", line 1: not JSON ("),
+    "array": (lines(["a", "b"]), ", line 1: expected a JSON object with prompt, chosen, rejected"),
+    "whole file": (json.dumps([ROW], indent=1).encode(), ", line 1: not JSON ("),
+    "empty response": (lines(ROW, {**ROW, "rejected": ""}), ", line 2: field 'rejected' is empty"),
+    "empty file": (b"", ": empty, expected"),
+    "blank file": (b"\n \n", ": empty, expected")}
+
+
+@pytest.mark.parametrize("script", ["dpo", "reward_model", "sft"])
+@pytest.mark.parametrize("case", BAD_PAIRS)
+def test_bad_pairs_are_refused_before_anything_is_trained(case, script, root, tmp_path):
+    """File, line and field are named; and no SFT policy was trained first, though none is there yet."""
+    content, expected = BAD_PAIRS[case]
+    (tmp_path / "bad.jsonl").write_bytes(content)
+    said = clone.run_here(root, tmp_path, script, "--pairs", "bad.jsonl", *(["--on", "chosen"] if script == "sft" else []))
+    assert said.startswith("error: bad.jsonl" + expected) and "\n" not in said, said
+    assert os.listdir(tmp_path) == ["bad.jsonl"]
+
+
+@pytest.mark.parametrize("script", ["dpo", "reward_model", "sft"])
+def test_pairs_that_are_not_there(script, refused, tmp_path, root):
+    chosen = ["--out", "new", *(["--on", "chosen"] if script == "sft" else [])]
+    assert "nope.jsonl: no such pairs file" in refused(script, "--pairs", "nope.jsonl", *chosen)
+    assert "runs: cannot be read (Is a directory)" in refused(script, "--pairs", "runs", *chosen)
+    assert clone.run_here(root, tmp_path, "sft", "--on", "chosen").startswith(  # where the pipeline would have put them
+        "error: runs/reviews/pairs-bt/pairs.jsonl: no such pairs file")
+
+
+@pytest.mark.parametrize("script", ["dpo", "reward_model"])
+@pytest.mark.parametrize("rows, expected", [
+    ([ROW, {**ROW, "chosen": " good" * 200}], ", line 2: 'chosen' does not fit: prompt "),
+    ([ROW, ROW, {**ROW, "prompt": "a film " * 200}], ", line 3: 'chosen' does not fit: prompt "),
+    ([{**ROW, "rejected": ROW["chosen"]}] * 3, ": no pair with two different responses"),
+], ids=["long response", "long prompt", "identical"])
+def test_pairs_that_the_policy_cannot_use(rows, expected, script, work, refused):
+    """These need its tokenizer and block size, so they are found once it is there; still nothing is written."""
+    (work / "unusable.jsonl").write_bytes(lines(*rows))
+    said = refused(script, "--sft", "runs/reviews/sft", "--out", "new", "--pairs", "unusable.jsonl")
+    assert said.startswith("error: unusable.jsonl" + expected)
+
+
+def test_pairs_are_fitted_before_the_gold_classifier_is_trained(refused, work, monkeypatch):
+    """On imdb that is the longest stage of all."""
+    (work / "unusable.jsonl").write_bytes(lines(ROW, {**ROW, "chosen": " good" * 200}))
+    monkeypatch.setattr(reward_model, "ensure_gold", lambda *_: pytest.fail("too early"))
+    assert "unusable.jsonl, line 2: 'chosen' does not fit" in refused(
+        "dpo", "--sft", "runs/reviews/sft", "--out", "new", "--pairs", "unusable.jsonl")
+
+
+def test_pairs_that_look_odd_and_are_legal(root, work, tmp_path, capsys):
+    """An empty prompt (<bos> stands before it), further keys, any script, CRLF, no last newline; identical ones are counted."""
+    rows = [{**ROW, "prompt": ""}, {**ROW, "id": 7}, {**ROW, "chosen": " 很好 🎬", "rejected": "\u0000\u2028"},
+            {**ROW, "chosen": ROW["rejected"]}]
+    (tmp_path / "odd.jsonl").write_bytes(lines(*rows).replace(b"\n", b"\r\n")[:-2])
+    for script in "dpo", "reward_model":
+        assert clone.run_here(root, tmp_path, script, "--sft", work / "runs/reviews/sft", "--out", script,
+                              "--pairs", "odd.jsonl") == 0
+        assert "odd.jsonl: dropped 1 of 4 pairs whose two responses are identical" in capsys.readouterr().out
+    (tmp_path / "one.jsonl").write_bytes(lines(ROW))
+    assert clone.run_here(root, tmp_path, "dpo", "--sft", work / "runs/reviews/sft", "--out", "one", "--pairs", "one.jsonl") == 0
+    assert "one.jsonl: one pair, expected at least two" in clone.run_here(
+        root, tmp_path, "sft", "--on", "chosen", "--init", work / "runs/reviews/sft", "--pairs", "one.jsonl")
+
+
+# ---- runs that do not belong -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("run, expected", [
+    ("nope", "runs/reviews/nope: no finished run there (no model.pt)"),
+    ("reward-model", "model.pt holds a ScalarModel, expected a GPT"),
+    ("other-task", "runs/reviews/other-task was trained with dataset 'imdb', expected 'reviews'"),
+    ("other-tokenizer", "runs/reviews/other-tokenizer was trained with tokenizer '"),
+    ("unfinished", "runs/reviews/unfinished: no finished run there (no model.pt); it was stopped: go on with --resume"),
+    ("truncated", "runs/reviews/truncated/model.pt: cannot be read ("),
+    ("no-tokenizer", "runs/reviews/no-tokenizer/tokenizer.tiktoken: not a tokenizer file")])
+@pytest.mark.parametrize("script", ["dpo", "reward_model", "sft"])
+def test_a_policy_that_cannot_be_started_from(script, run, expected, refused):
+    """Another kind, task or vocabulary, unfinished or damaged: it says which, and what it expected."""
+    if script == "sft":
+        if run == "other-task":
+            return  # supervised training may take a policy of one dataset to another
+        expected = "--init runs/reviews/nope: no finished run, no folder" if run == "nope" else expected
+    assert expected in refused(script, "--init" if script == "sft" else "--sft", f"runs/reviews/{run}", "--out", "new")
+
+
+def test_an_init_that_is_no_checkpoint(refused):
+    """Neither a run nor a GPT-2 checkpoint nor a name that could be downloaded."""
+    assert "runs: expected the files config.json and model.safetensors" in refused("sft", "--init", "runs", "--out", "new")
+    assert "not one of gpt2, " in refused("sft", "--init", "gpt5", "--out", "new")
+
+
+@pytest.mark.parametrize("script", ALGORITHMS)
+def test_a_run_folder_that_is_taken(script, root, work, tmp_path):
+    """Other settings are named, one by one; an unfinished run needs --resume; and both are said before work is done."""
+    folder = tmp_path / "taken"
+    source = {"sft": "sft", "reward_model": "reward-model", "dpo": "dpo-own-beta0.1-seed0"}[script]
+    shutil.copytree(work / "runs/reviews" / source, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    same = [word for name, value in settings.items() if name not in ("built_from", "machine", "out", "sft") and value not in ("", False)
+            for word in ("--" + name.replace("_", "-"), str(value))] + ["--out", "taken"]
+    policy = [] if script == "sft" else ["--sft", "nowhere"]  # whoever opens it before the folder is checked will fail there
+    if script != "sft":
+        shutil.copyfile(work / "pairs.jsonl", tmp_path / "pairs.jsonl")
+        settings["sft"] = "nowhere"
+        (folder / "config.json").write_text(json.dumps(settings))
+    before = tree(folder)
+    said = clone.run_here(root, tmp_path, script, *same, *policy, "--seed", "5", "--lr", "0.5")
+    assert said.startswith("error: taken was made with other settings: ") and "\n" not in said
+    assert f"lr was {settings['lr']}, now 0.5; seed was 0, now 5: give another folder with --out" in said
+    shutil.copyfile(folder / "model.pt", folder / "checkpoint.prev.pt")
+    said = clone.run_here(root, tmp_path, script, *same, *policy)
+    assert said == "error: taken holds an unfinished run: go on with --resume, or delete the folder"
+    (folder / "checkpoint.prev.pt").unlink()
+    assert tree(folder) == before
+
+
+def test_the_run_folder_is_looked_at_before_data_is_prepared(root, tmp_path):
+    """Preparing may be a download: a folder that cannot be written is refused before that."""
+    shutil.copytree(root, tmp_path / "clone", ignore=lambda *_: ["prepared"])
+    (tmp_path / "a file").write_text("")
+    assert "cannot be written" in clone.run_here(tmp_path / "clone", tmp_path, "sft", "--out", "a file/below")
+    assert not list((tmp_path / "clone").rglob("*.jsonl"))
+
+
+def test_a_run_built_from_something_else(root, work, tmp_path):
+    """The same flags, but the pairs file has changed since: not the same run."""
+    pairs = clone.write_pairs(tmp_path / "pairs.jsonl")
+    command = ["--sft", work / "runs/reviews/sft", "--pairs", "pairs.jsonl", "--out", "run"]
+    for script in "dpo", "reward_model":
+        clone.write_pairs(pairs)
+        assert clone.run_here(root, tmp_path, script, *command) == 0
+        before = tree(tmp_path / "run")
+        clone.write_pairs(pairs, seed=9)
+        assert "run was made with other settings: built_from was" in clone.run_here(root, tmp_path, script, *command)
+        assert tree(tmp_path / "run") == before
+        shutil.rmtree(tmp_path / "run")
+
+
+def test_labels_where_there_are_none(root, tmp_path):
+    """The gold classifier needs labelled documents; that is found before the SFT policy is trained for it."""
+    shutil.copytree(root, tmp_path / "clone", ignore=lambda *_: ["prepared"])
+    clone.prepare(tmp_path / "clone", labels=False)
+    said = clone.run_here(tmp_path / "clone", tmp_path, "reward_model", "--on", "labels")
+    assert said.startswith("error: --on labels: no row of ") and os.listdir(tmp_path) == ["clone"]
+
+
+@pytest.mark.parametrize("runs, expected", [
+    (["runs/reviews/nope"], "runs/reviews/nope: no finished run there (no model.pt)"),
+    (["runs/reviews/dpo-own-beta0.1-seed0", "runs/reviews/nope"], "runs/reviews/nope: no finished run there"),
+    (["runs/reviews/unfinished"], "runs/reviews/unfinished: no finished run there"),
+    (["runs/reviews/reward-model"], "model.pt holds a ScalarModel, expected a GPT"),
+    (["runs/reviews/truncated"], "runs/reviews/truncated/model.pt: cannot be read ("),
+    (["runs/reviews/other-task"], "other-task was trained with dataset 'imdb', expected 'reviews'"),
+    (["runs/reviews/dpo-own-beta0.1-seed0", "runs/imdb/dpo"], "these runs have different references ("),
+    (["runs/imdb/dpo"], "runs/imdb/sft: no finished run there"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_runs_that_cannot_be_evaluated(runs, expected, refused):
+    """Found before the bank is sampled, which is the expensive part."""
+    assert expected in refused("evaluate", *runs)
+
+
+def test_evaluate_takes_the_reference_that_the_run_was_trained_from(root, work, tmp_path, capsys):
+    """Not the folder called sft beside it, where --sft named another one; and two runs of one name are two rows."""
+    shutil.copytree(work / "runs/reviews/sft", tmp_path / "mine/policy")
+    assert clone.run_here(root, tmp_path, "sft", *clone.TINY, "--seed", "3", "--out", "mine/sft") == 0
+    for out in "a/run", "b/run":
+        assert clone.run_here(root, tmp_path, "dpo", "--sft", "mine/policy", "--pairs", work / "pairs.jsonl", "--out", out) == 0
+    capsys.readouterr()
+    assert clone.run_here(root, tmp_path, "evaluate", "a/run", tmp_path / "b/run") == 0
+    table = capsys.readouterr().out
+    assert "a/run " in table and "b/run " in table
+    policy, _ = load_run(tmp_path / "mine/policy")
+    bank = json.loads((tmp_path / "mine/bank/config.json").read_text())
+    assert bank["policy"] == common.fingerprint(policy.state_dict())
+    assert json.loads((tmp_path / "a/run/evaluation.json").read_text()).keys() == {"SFT", "policy"}
+    other_tokenizer(tmp_path / "mine/policy")
+    assert "policy was trained with tokenizer '" in clone.run_here(root, tmp_path, "evaluate", "a/run")
+
+
+# ---- real processes --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("script, argv, expected", [
+    ("sft", ["--lr", "nan"], "error: --lr nan: must be > 0 and finite"),
+    ("reward_model", ["--pairs", "nope.jsonl"], "error: nope.jsonl: no such pairs file"),
+    ("dpo", ["--nope"], "error: unrecognized arguments: --nope (see --help)"),
+    ("evaluate", [], "error: the following arguments are required: run (see --help)")])
+def test_a_real_process_says_one_line_and_exits_1_at_once(script, argv, expected, root, tmp_path):
+    """As a shell sees it: nothing on stdout, one line on stderr, status 1; and in under 2 s of processor time, nearly all
+    of which is the import of torch (wall time would measure what else the machine does)."""
+    for attempt in range(2):  # the better of two
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        process = clone.start(root, script, *argv, cwd=tmp_path)
+        output, errors = process.communicate(timeout=60)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert (process.returncode, output, errors) == (1, "", expected + "\n")
+        assert os.listdir(tmp_path) == []
+        if (seconds := after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) < 2:
+            break
+    assert seconds < 2
+
+
+def test_import_draws_in_no_library_that_only_some_runs_need():
+    """--help and every mistake wait for the imports, so figures and GPT-2 weights are imported where they are used."""
+    program = "import sys, sft, reward_model, dpo, evaluate; print(*{name.split('.')[0] for name in sys.modules})"
+    modules = subprocess.run([sys.executable, "-c", program], cwd=clone.ROOT, capture_output=True, text=True, check=True,
+                             env=clone.environment()).stdout.split()
+    assert "torch" in modules and not {"matplotlib", "transformers", "safetensors", "pandas", "datasets", "PIL"} & set(modules)
+
+
+# ---- --help ----------------------------------------------------------------------------------------------------------
+
+def packed(text: str) -> str:
+    """Without white space: argparse breaks lines anywhere, also behind a hyphen."""
+    return "".join(text.split())
+
+
+@pytest.mark.parametrize("script", ALGORITHMS)
+@pytest.mark.parametrize("dataset", ["reviews", "imdb"])
+def test_help_shows_every_flag_with_reason_and_default(script, dataset, capsys):
+    """The defaults shown are those of the dataset asked about, because they are the ones that will be used."""
+    config = ALGORITHMS[script].Config
+    with pytest.raises(SystemExit) as stop:
+        common.parse(config, ALGORITHMS[script].__doc__, ["--dataset", dataset, "--help"])
+    assert stop.value.code == 0
+    shown, reasons = packed(capsys.readouterr().out), common.comments(config)
+    assert packed(ALGORITHMS[script].__doc__.splitlines()[0]) in shown
+    for field in dataclasses.fields(config):
+        default = {**dataclasses.asdict(common.defaults(config, dataset)), "out": ""}[field.name]
+        assert len(reasons[field.name]) > 3, f"{field.name} has no reason"
+        flag, text = field.name.replace("_", "-"), f"{reasons[field.name]}[{default if default != '' else 'none'}]"
+        assert re.search(rf"--{flag}(STR|INT|FLOAT|{{[\w,]+}})?{re.escape(packed(text))}", shown), field.name
+
+
+@pytest.mark.parametrize("prepare", clone.ROOT.glob("data/*/prepare.py"), ids=lambda path: path.parent.name)
+def test_the_scripts_can_prepare_every_dataset(prepare):
+    """data.ensure calls prepare(out=FOLDER): on a fresh clone that is the first thing that happens."""
+    inspect.signature(importlib.import_module(f"data.{prepare.parent.name}.prepare").prepare).bind(out=Path())
+
+
+@pytest.mark.parametrize("script", ["sft", "reward_model", "dpo", "evaluate", "data/reviews/prepare", "data/imdb/prepare"])
+def test_help_of_every_script_exits_0_and_does_nothing(script, root, tmp_path, monkeypatch, capsys):
+    """Asking what a script does must not do it."""
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.chdir(tmp_path)
+    before = tree(root)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(root / f"{script}.py"), run_name="__main__")
+    shown = capsys.readouterr()
+    assert stop.value.code == 0 and shown.out.startswith("usage: ") and not shown.err
+    assert os.listdir(tmp_path) == [] and tree(root) == before
+
+
+# ---- the source itself -----------------------------------------------------------------------------------------------
+
+def reads(path: Path) -> set[str]:
+    """Fields that a file reads as config.NAME or self.NAME; a range check of require(...) is not a use."""
+    found = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "require":
+            return
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and (
+                getattr(node.value, "id", "") in ("config", "self") or getattr(node.value, "attr", "") == "config"):
+            found.add(node.attr)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return found
+
+
+@pytest.mark.parametrize("script", ALGORITHMS)
+def test_no_dead_flags(script):
+    """A flag that nothing reads is the commonest defect of this field's code: it is set, believed and ignored."""
+    fields = {field.name for field in dataclasses.fields(ALGORITHMS[script].Config)}
+    by_run = reads(clone.ROOT / "common.py") & {"resume", "out", "checkpoint_every"}
+    assert fields - reads(clone.ROOT / f"{script}.py") - by_run == set()
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(clone.ROOT)))
+def test_source_loads_nothing_that_can_run_code(path):
+    """No pickle but torch's with weights_only=True, no NumPy object arrays, no eval, no exec, no shell."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(
+            node, ast.ImportFrom) else []
+        assert not {name.split(".")[0] for name in names} & {"pickle", "dill", "joblib", "marshal", "shelve", "yaml"}, node.lineno
+        if not isinstance(node, ast.Call):
+            continue
+        keywords = {keyword.arg: getattr(keyword.value, "value", None) for keyword in node.keywords}
+        called = ast.unparse(node.func)
+        assert called not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen"), node.lineno
+        assert not keywords.get("shell"), node.lineno
+        if called.endswith("torch.load"):
+            assert keywords.get("weights_only") is True, f"line {node.lineno}"
+        if called in ("np.load", "numpy.load"):
+            assert keywords.get("allow_pickle") is False, f"line {node.lineno}"
+
+
+# ---- own pairs -------------------------------------------------------------------------------------------------------
+
+def test_own_pairs_end_to_end(root, work):
+    """python dpo.py --pairs FILE: a policy, an evaluation with its table, samples before and after, and a figure."""
+    folder = work / "runs/reviews/dpo-own-beta0.1-seed0"
+    assert sorted(os.listdir(folder)) == ["config.json", "evaluation.json", "figure.png", "log.jsonl", "model.pt",
+                                          "samples.jsonl", "tokenizer.tiktoken"]
+    table = json.loads((folder / "evaluation.json").read_text())["table"]
+    assert {"SFT", "DPO beta 0.1", "best of 16"} <= set(table)
+    assert {"reward", "reward_se", "kl", "kl_se", "length", "share"} <= set(table["DPO beta 0.1"])
+    samples = common.read_jsonl(folder / "samples.jsonl", {"prompt": str, "before": str, "after": str, "before_reward": float,
+                                                           "after_reward": float})
+    assert len(samples) == 8
+    assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_pairs_we_write_can_be_given_back(root, work, tmp_path):
+    """The pipeline's pairs.jsonl through --pairs trains the same policy, to the bit: the text is the whole pair."""
+    shutil.copytree(work / "runs/reviews/sft", tmp_path / "runs/reviews/sft")
+    policy = ["--sft", "runs/reviews/sft", "--batch-size", "4", "--epochs", "3"]
+    for script, module in (("dpo", dpo), ("reward_model", reward_model)):
+        assert clone.run_here(root, tmp_path, script, *policy, "--out", f"{script}-sampled") == 0
+        assert clone.run_here(root, tmp_path, script, *policy, "--out", f"{script}-given",
+                              "--pairs", "runs/reviews/pairs-bt/pairs.jsonl") == 0
+        sampled, given = (torch.load(tmp_path / f"{script}-{name}/model.pt", weights_only=True)["model"]
+                          for name in ("sampled", "given"))
+        assert all(torch.equal(sampled[name], given[name]) for name in sampled)
+    assert clone.run_here(root, tmp_path, "sft", "--on", "chosen", "--steps", "3") == 0  # finds policy and pairs by itself
+    assert (tmp_path / "runs/reviews/preferred-ft/model.pt").exists()

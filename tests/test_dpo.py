@@ -1,0 +1,297 @@
+"""dpo.py: the loss in closed form, where DPO ends and why, and the training loop against formulas written out here.
+
+The central test is `test_all_roads_lead_to_the_same_policy`.
+"""
+import json
+import math
+
+import pytest
+import torch
+
+import dpo
+from common import adamw, batches, pad, sha256
+from conftest import every_response, log_of, naive_logprobs, tiny_gpt
+from data.pairs import encode_pairs, read_pairs
+from data.tokenizer import Tokenizer
+from dpo import dpo_loss
+from model import load_run, response_logprobs, summed_logprobs
+from reward_model import reward_loss
+
+BETAS = [0.05, 0.1, 1.0, 5.0]
+
+
+def random_logprobs(seed=0, n=50):
+    draw = torch.Generator().manual_seed(seed)
+    return [(-50 * torch.rand(n, generator=draw, dtype=torch.double)).requires_grad_() for _ in range(4)]
+
+
+# ---- the loss --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+def test_at_the_reference_the_loss_is_ln_2(label_smoothing):
+    chosen, rejected = random_logprobs()[:2]
+    losses, *rewards = dpo_loss(chosen, rejected, chosen, rejected, 0.1, label_smoothing)
+    torch.testing.assert_close(losses, torch.full_like(losses, math.log(2)), rtol=0, atol=1e-15)
+    assert all((r == 0).all() and not r.requires_grad for r in rewards)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_gradient_is_the_papers(beta):
+    """-beta sigmoid(r_l - r_w) for the chosen log-probability, the opposite for the rejected one (below Eq. 7)."""
+    chosen, rejected, ref_chosen, ref_rejected = random_logprobs()
+    losses, *_ = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
+    found = torch.autograd.grad(losses.sum(), (chosen, rejected))
+    r_w, r_l = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
+    weight = beta / (1 + torch.exp(r_w - r_l))
+    torch.testing.assert_close(found, (-weight, weight), rtol=1e-12, atol=1e-300)
+
+
+def test_implicit_rewards_and_loss_by_hand():
+    """beta = 2: rewards 2 (-3 - -4) = 2 and 2 (-5 - -4.5) = -1, margin 3, loss log(1 + e^-3)."""
+    losses, chosen, rejected = dpo_loss(*(torch.tensor([x]) for x in (-3.0, -5.0, -4.0, -4.5)), beta=2.0)
+    assert (chosen.item(), rejected.item()) == (2, -1)
+    assert losses.item() == pytest.approx(math.log(1 + math.exp(-3)))
+
+
+def test_large_margins_neither_overflow_nor_vanish():
+    chosen = torch.tensor([4000.0, -4000.0], requires_grad=True)
+    losses, *_ = dpo_loss(chosen, torch.zeros(2), torch.zeros(2), torch.zeros(2), 1.0)
+    losses.sum().backward()
+    assert losses.tolist() == [0, 4000] and chosen.grad.tolist() == [0, -1]
+
+
+@pytest.mark.parametrize("e", [0.01, 0.1, 0.3])
+def test_label_smoothing_is_least_at_the_log_odds_of_a_right_label(e):
+    """(1-e) L(m) + e L(-m) is least where sigmoid(m) = 1 - e, and there it is the entropy of a label."""
+    margin = torch.linspace(-8, 8, 4001, dtype=torch.double)
+    zero = torch.zeros_like(margin)
+    losses, *_ = dpo_loss(margin, zero, zero, zero, 1.0, e)
+    torch.testing.assert_close(losses, (1 - e) * torch.log1p(torch.exp(-margin)) + e * torch.log1p(torch.exp(margin)))
+    best = torch.tensor([math.log((1 - e) / e)], dtype=torch.double, requires_grad=True)
+    loss, *_ = dpo_loss(best, zero[:1], zero[:1], zero[:1], 1.0, e)
+    loss.sum().backward()
+    assert abs(best.grad.item()) < 1e-15
+    assert loss.item() == pytest.approx(-(1 - e) * math.log(1 - e) - e * math.log(e), abs=1e-14) and (losses >= loss).all()
+
+
+# ---- where it ends: everything enumerated ----------------------------------------------------------------------------
+
+PROMPTS, RESPONSES = 2, 6
+A, B = (~torch.eye(RESPONSES, dtype=torch.bool)).nonzero(as_tuple=True)  # all ordered pairs of different responses
+
+
+@pytest.fixture(params=[0, 1])
+def world(request):
+    """log pi_ref (2, 6), the reward r (2, 6), and the chance that a Bradley-Terry annotator prefers A to B (2, 30)."""
+    draw = torch.Generator().manual_seed(request.param)
+    ref, r = torch.randn(2, PROMPTS, RESPONSES, generator=draw, dtype=torch.double)
+    return ref.log_softmax(1), r, torch.sigmoid(r[:, A] - r[:, B])
+
+
+def minimise(loss, start):
+    """Newton's method with the exact Hessian, to a gradient of 1e-13. The pseudo-inverse leaves flat directions alone."""
+    x = start.clone()
+    for _ in range(50):
+        x.requires_grad_()
+        gradient = torch.autograd.grad(loss(x), x)[0].flatten()
+        if gradient.abs().max() < 1e-13:
+            return x.detach()
+        hessian = torch.autograd.functional.hessian(loss, x.detach()).view(x.numel(), x.numel())
+        x = (x.detach().flatten() - torch.linalg.pinv(hessian, rtol=1e-9, hermitian=True) @ gradient).view(start.shape)
+    raise AssertionError(f"Newton's method has not converged: gradient {gradient.abs().max()}")
+
+
+def optimum(ref, r, beta):
+    """log of pi_ref exp(r / beta) / Z, and beta log Z for each prompt (Eq. 4)."""
+    log_z = torch.logsumexp(ref + r / beta, 1, keepdim=True)
+    return ref + r / beta - log_z, beta * log_z.squeeze(1)
+
+
+def dpo_policy(ref, preferred, beta):
+    """log pi (2, 6) that minimises the DPO loss expected over all pairs, each labelled either way as often as annotators do."""
+    def loss(theta):
+        logprobs = theta.log_softmax(1)
+        losses, *_ = dpo_loss(logprobs[:, A], logprobs[:, B], ref[:, A], ref[:, B], beta)
+        return (preferred * losses).sum()
+    return minimise(loss, ref).log_softmax(1)
+
+
+def fitted_reward(preferred):
+    """The Bradley-Terry maximum-likelihood reward (2, 6)."""
+    return minimise(lambda r: (preferred * reward_loss(r[:, A], r[:, B])).sum(), torch.zeros(PROMPTS, RESPONSES).double())
+
+
+def objective(logprobs, ref, r, beta):
+    """E[r] - beta KL(pi || pi_ref) of each prompt (Eq. 3)."""
+    return (logprobs.exp() * (r - beta * (logprobs - ref))).sum(1)
+
+
+def best_policy_by_ascent(ref, r, beta):
+    """log pi (2, 6) by exact natural-gradient ascent of the objective: the gradient divided by pi, with autograd."""
+    theta = ref.clone()
+    for _ in range(80):
+        theta.requires_grad_()
+        logprobs = theta.log_softmax(1)
+        gradient = torch.autograd.grad(objective(logprobs, ref, r, beta).sum(), theta)[0]
+        theta = (theta + 0.5 / beta * gradient / logprobs.exp()).detach()
+    return theta.log_softmax(1)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_all_roads_lead_to_the_same_policy(world, beta):
+    """DPO on Bradley-Terry pairs; a reward model fitted to them and then optimised; gradient ascent of E[r] - beta KL with
+    the true reward: all three end at pi_ref exp(r / beta) / Z."""
+    ref, r, preferred = world
+    expected, best = optimum(ref, r, beta)
+    for logprobs in (dpo_policy(ref, preferred, beta),
+                     optimum(ref, fitted_reward(preferred), beta)[0],
+                     best_policy_by_ascent(ref, fitted_reward(preferred), beta),
+                     best_policy_by_ascent(ref, r, beta)):
+        torch.testing.assert_close(logprobs.exp(), expected.exp(), rtol=0, atol=1e-6)
+        torch.testing.assert_close(objective(logprobs, ref, r, beta), best, rtol=0, atol=1e-9)
+        # Eq. 5: there the implicit reward is the true one, but for a constant a prompt
+        implicit = beta * (logprobs - ref)
+        torch.testing.assert_close(implicit - implicit[:, :1], r - r[:, :1], rtol=0, atol=1e-5)
+
+
+def test_the_fitted_reward_is_the_true_one_up_to_a_constant(world):
+    ref, r, preferred = world
+    fitted = fitted_reward(preferred)
+    torch.testing.assert_close(fitted - fitted.mean(1, keepdim=True), r - r.mean(1, keepdim=True), rtol=0, atol=1e-9)
+
+
+def test_no_policy_is_better_than_the_closed_form(world):
+    ref, r, _ = world
+    expected, best = optimum(ref, r, 0.5)
+    for scale in (1e-3, 0.1, 1.0):
+        for _ in range(50):
+            other = (expected + scale * torch.randn_like(r)).log_softmax(1)
+            assert (objective(other, ref, r, 0.5) < best).all()
+
+
+def test_a_gpt_gets_there_too():
+    """The same on a real network: the 40 responses of at most 3 tokens that a GPT over 4 tokens can give, scored by
+    response_logprobs, and the expected loss over all their pairs."""
+    responses = list(every_response(vocab=4, length=3, eos=2))
+    tokens, lengths = pad([[1] + r for r in responses], 0)
+    scored = lambda model: response_logprobs(model, tokens, torch.ones(40, dtype=torch.long), lengths).sum(1)  # noqa: E731
+    policy = tiny_gpt(vocab_size=4, block_size=4, n_embd=16, seed=1).double()
+    r = torch.linspace(-1, 1, 40).double()[torch.arange(40) * 7 % 40]
+    ref = scored(policy).detach()
+    assert ref.exp().sum().item() == pytest.approx(1, abs=1e-6)
+    a, b = (~torch.eye(40, dtype=torch.bool)).nonzero(as_tuple=True)
+    preferred, beta = torch.sigmoid(r[a] - r[b]), 0.5
+    expected = (ref + r / beta).log_softmax(0)
+    distance = lambda logprobs: (expected.exp() * (expected - logprobs)).sum().item()  # noqa: E731  KL(pi* || pi), nats
+    start = distance(ref)
+    optimizer = torch.optim.LBFGS(policy.parameters(), max_iter=300, line_search_fn="strong_wolfe", tolerance_change=0)
+
+    def closure():
+        optimizer.zero_grad()
+        logprobs = scored(policy)
+        loss = (preferred * dpo_loss(logprobs[a], logprobs[b], ref[a], ref[b], beta)[0]).mean()
+        loss.backward()
+        return loss
+    optimizer.step(closure)
+    assert distance(scored(policy).detach()) < 1e-6 < 0.5 < start
+
+
+def test_an_identical_pair_teaches_nothing_but_adam_moves_all_the_same():
+    """Its loss is ln 2 whatever the policy, its gradient zero up to rounding; Adam divides rounding noise by rounding noise.
+    So encode_pairs drops such pairs."""
+    policy, row = tiny_gpt(n_embd=32, size=0.2), [1, 4, 5, 6, 7, 8, 2]
+    tokens, prompt_lengths, lengths = torch.tensor([row, row]), torch.tensor([3, 3]), torch.tensor([7, 7])
+    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    chosen, rejected = response_logprobs(policy, tokens, prompt_lengths, lengths).sum(1)
+    losses, *_ = dpo_loss(chosen, rejected, torch.tensor(-9.0), torch.tensor(-9.0), 0.1)
+    losses.backward()
+    assert losses.item() == pytest.approx(math.log(2), abs=1e-7)
+    assert 0 < max(p.grad.abs().max().item() for p in policy.parameters()) < 1e-7
+    adamw(policy, lr=1e-3, weight_decay=0.0, betas=(0.9, 0.95)).step()
+    assert max((p - before[name]).abs().max().item() for name, p in policy.named_parameters()) > 1e-5
+
+
+# ---- the training loop -----------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def small_run(sft_run, pairs_file, small_reviews, tmp_path, monkeypatch):
+    """run(**settings) trains on 76 pairs, 12 a step, and returns the rows of the log and the run folder."""
+    monkeypatch.setattr(dpo, "draw", lambda *args: None)  # a second of matplotlib
+
+    def run(**settings):
+        out = str(tmp_path / f"run{len(list(tmp_path.iterdir()))}")
+        folder = dpo.train(dpo.Config(**{**dict(sft=str(sft_run), pairs=str(pairs_file), out=out, batch_size=12, warmup=1),
+                                         **settings}))
+        return log_of(folder), folder
+    return run
+
+
+def test_first_step_is_the_definition(small_run, sft_run, pairs_file, gradients):
+    """Loss ln 2, no reward, no accuracy yet; and the gradient is that of the mean over pairs of Eq. 7, written out with one
+    unpadded row at a time and log-probabilities *summed* over tokens. Whether 12 pairs run at once or as 5, 5 and 2."""
+    policy, _ = load_run(sft_run)
+    tokenizer = Tokenizer.load(sft_run / "tokenizer.tiktoken")
+    pairs = encode_pairs(read_pairs(pairs_file), tokenizer, policy.config.block_size, pairs_file)
+    longest = torch.tensor([len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs])
+    batch = next(batches(longest[:76], 12, seed=3))  # 80 pairs, 4 held out
+    loss, sums = 0.0, []
+    for i in batch.tolist():
+        chosen, rejected = (naive_logprobs(policy, pairs[i].prompt, r).sum() for r in (pairs[i].chosen, pairs[i].rejected))
+        margin = 0.3 * ((chosen - chosen.detach()) - (rejected - rejected.detach()))
+        loss = loss - torch.log(torch.sigmoid(margin)) / 12
+        sums.append([chosen.item(), rejected.item()])
+    loss.backward()
+    expected = [p.grad for p in policy.parameters()]
+    for micro_batch_size in (0, 5):
+        gradients.clear()
+        rows, _ = small_run(beta=0.3, seed=3, micro_batch_size=micro_batch_size)
+        torch.testing.assert_close(gradients[0], expected, rtol=1e-4, atol=2e-5)
+        first = rows[0]
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert first["chosen_reward"] == pytest.approx(0, abs=1e-5) and first["margin"] == pytest.approx(0, abs=1e-5)
+        logged = [first["chosen_logprobs"], first["rejected_logprobs"]]
+        assert logged == pytest.approx(torch.tensor(sums).mean(0).tolist(), abs=1e-3)
+        assert first["grad_norm"] == pytest.approx(math.sqrt(sum(g.square().sum().item() for g in expected)), rel=1e-4)
+
+
+def test_micro_batches_change_nothing_and_accuracy_is_a_mean_over_pairs(small_run):
+    """Three epochs with 12 pairs at once, and as 5, 5, 2; another state of torch's own random stream changes nothing either."""
+    torch.manual_seed(1)
+    whole, _ = small_run(epochs=3, lr=1e-3)
+    torch.manual_seed(2)
+    split, _ = small_run(epochs=3, lr=1e-3, micro_batch_size=5)
+    assert len(whole) == len(split) == 20  # 76 pairs in batches of 12, three times: 19 steps; and the last row
+    for a, b in zip(whole[:-1], split[:-1]):
+        for name in ("loss", "margin", "chosen_reward", "chosen_logprobs", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-3), name
+        assert round(12 * b["accuracy"]) / 12 == pytest.approx(b["accuracy"], abs=1e-6)
+        assert a["accuracy"] == pytest.approx(b["accuracy"], abs=1 / 12 + 1e-6)
+    assert whole[-2]["accuracy"] > 0.9 and whole[-2]["loss"] < 0.6  # it learns these pairs by heart
+
+
+def test_reference_logprobs_stay_with_their_rows(small_run, sft_run):
+    """With a learning rate of almost zero the policy stays the reference: if the log-probabilities computed once belong to
+    their rows, every batch of every shuffled epoch has loss ln 2. And the reference is not written to."""
+    before = sha256(sft_run / "model.pt")
+    rows, folder = small_run(epochs=2, lr=1e-12, beta=1.0, micro_batch_size=7)
+    for row in rows[:-1]:
+        assert row["loss"] == pytest.approx(math.log(2), abs=1e-5)
+        assert abs(row["chosen_reward"]) < 1e-4 and abs(row["rejected_reward"]) < 1e-4
+    assert rows[-1]["held_out_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    _, moved = small_run(epochs=1, lr=1e-2, beta=1.0)
+    assert sha256(sft_run / "model.pt") == before
+    kl = [json.loads((run / "evaluation.json").read_text())["table"]["DPO beta 1"]["kl"] for run in (folder, moved)]
+    assert kl[0] == pytest.approx(0, abs=1e-4) and kl[1] > 1  # one policy is where it started, the other has left
+
+
+def test_precomputed_reference_logprobs_are_those_of_the_definition_and_draw_nothing(sft_run, pairs_file):
+    ref, _ = load_run(sft_run)
+    tokenizer = Tokenizer.load(sft_run / "tokenizer.tiktoken")
+    pairs = encode_pairs(read_pairs(pairs_file), tokenizer, ref.config.block_size, pairs_file)[:20]
+    rows = [(p.prompt, r) for p in pairs for r in (p.chosen, p.rejected)]
+    tokens, lengths = pad([p + r for p, r in rows], tokenizer.pad)
+    state = torch.get_rng_state()
+    found = summed_logprobs(ref, tokens, torch.tensor([len(p) for p, _ in rows]), lengths, batch_size=7)
+    assert torch.equal(torch.get_rng_state(), state) and not found.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(found, torch.stack([naive_logprobs(ref, *row).sum() for row in rows]), rtol=1e-5, atol=1e-3)

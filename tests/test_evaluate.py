@@ -1,0 +1,231 @@
+"""evaluate.py: the optimal curve and best-of-n against enumeration, shares, win rates, errors, and who owns which number."""
+import itertools
+import math
+
+import pytest
+import torch
+
+import evaluate
+from conftest import tiny_gpt
+from data.reviews.grammar import gold_reward
+from data.tokenizer import Tokenizer, train_bpe
+from evaluate import (Bank, Policy, best_of_n_kl, best_of_n_weights, beta_at, classifier_logits, effective_sample_size,
+                      frontier, mean_and_error, optimal_kl, optimal_reward, optimal_weights, sample_policy, share_of_optimum,
+                      summary, win_rate)
+from model import GPTConfig, ScalarModel, load_run
+
+
+def uniform(*shape, seed=0):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+
+
+# ---- the optimum -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("beta", [0.05, 0.3, 2.0])
+def test_optimum_of_an_enumerated_distribution(beta):
+    """If the bank is every outcome of a uniform pi_ref once, the weights are pi* itself, and the KL is its KL."""
+    rewards = uniform(3, 7)
+    weights, kl = optimal_weights(rewards, beta), optimal_kl(rewards, beta)
+    for r, w, k in zip(rewards.tolist(), weights.tolist(), kl.tolist()):
+        z = sum(math.exp(x / beta) / 7 for x in r)
+        pi = [math.exp(x / beta) / 7 / z for x in r]
+        assert w == pytest.approx(pi, rel=1e-12)
+        assert k == pytest.approx(sum(p * math.log(p * 7) for p in pi), abs=1e-12)
+
+
+def test_optimum_of_a_known_distribution_from_samples():
+    """A bank of 400,000 samples of a skewed pi_ref: reward and KL of pi* come out within a thousandth of the exact ones."""
+    ref, r, beta = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03]).double(), torch.tensor([0.1, 0.9, 0.4, 0.6, 1.0]).double(), 0.4
+    drawn = torch.multinomial(ref, 400_000, replacement=True, generator=torch.Generator().manual_seed(0))[None]
+    pi = ref * torch.exp(r / beta)
+    pi /= pi.sum()
+    assert (optimal_weights(r[drawn], beta) * r[drawn]).sum().item() == pytest.approx((pi * r).sum().item(), abs=1e-3)
+    assert optimal_kl(r[drawn], beta).item() == pytest.approx((pi * (pi / ref).log()).sum().item(), abs=3e-3)
+
+
+def test_nothing_beats_the_optimum_at_its_kl():
+    """500 random distributions, near and far: none has more reward than the optimum whose KL is the same."""
+    rewards, draw = uniform(1, 16), torch.Generator().manual_seed(1)
+    curve, compared = frontier(rewards), 0
+    for scale in torch.logspace(-2, 1, 500):
+        direction = torch.randn(16, generator=draw, dtype=torch.double) + 2 * (rewards[0] - 0.5) / 0.29
+        q = torch.softmax(scale * direction, 0)
+        kl = (q * (q * 16).log()).sum().item()
+        if kl < curve[-1]["kl"]:
+            best = optimal_weights(rewards, beta_at(rewards, kl, curve))
+            assert (q * rewards[0]).sum() <= (best * rewards).sum() + 1e-9
+            compared += 1
+    assert compared > 200
+
+
+def test_the_curve_rises_until_the_bank_ends():
+    curve = frontier(uniform(20, 64), points=40)
+    for name, sign in (("beta", -1), ("kl", 1), ("reward", 1), ("ess", -1)):
+        assert all(sign * a[name] < sign * b[name] for a, b in zip(curve, curve[1:])), name
+    assert curve[0]["kl"] < 1e-3 and curve[0]["ess"] == pytest.approx(64, rel=1e-3)
+    assert evaluate.MIN_ESS <= curve[-1]["ess"] and curve[-1]["kl"] < math.log(64)
+
+
+def test_beta_at_inverts_the_kl():
+    rewards = uniform(20, 64)
+    curve = frontier(rewards)
+    for beta in (20.0, 1.0, 0.2, 0.12):
+        assert beta_at(rewards, optimal_kl(rewards, beta).mean().item(), curve) == pytest.approx(beta, rel=1e-6)
+    assert beta_at(rewards, 99.0, curve) == pytest.approx(curve[-1]["beta"])  # no further than the curve
+    assert beta_at(rewards, -0.1, curve) == pytest.approx(curve[0]["beta"])
+
+
+def test_effective_sample_size():
+    weights = torch.tensor([[0.25, 0.25, 0.25, 0.25], [1, 0, 0, 0], [0.5, 0.5, 0, 0]])
+    assert effective_sample_size(weights).tolist() == [4, 1, 2]
+
+
+# ---- best of n -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6])
+def test_best_of_n_by_enumerating_all_subsets(n):
+    rewards = uniform(3, 6)
+    for row, found in zip(rewards.tolist(), best_of_n_weights(rewards, n).tolist()):
+        subsets = list(itertools.combinations(range(6), n))
+        winners = [max(subset, key=row.__getitem__) for subset in subsets]
+        assert found == pytest.approx([winners.count(i) / len(subsets) for i in range(6)])
+
+
+def test_best_of_n_of_uniform_rewards():
+    """The mean of the largest of n uniform numbers is n / (n + 1)."""
+    rewards = uniform(4000, 16)
+    for n in (1, 2, 4, 8):
+        mean, error = mean_and_error((best_of_n_weights(rewards, n) * rewards).sum(1))
+        assert abs(mean - n / (n + 1)) < 4 * error
+
+
+def exact_best_of_n_kl(p, n):
+    """Outcomes in the order of their rewards: P(best = k) = F(k)^n - F(k-1)^n."""
+    cumulative = torch.cat([torch.zeros(1).double(), p.cumsum(0)])
+    best = cumulative.pow(n).diff()
+    return (best * (best / p).log()).sum().item()
+
+
+def test_best_of_n_kl_is_a_bound_that_many_outcomes_reach():
+    assert best_of_n_kl(1) == 0 and best_of_n_kl(4) == pytest.approx(1.3863 - 0.75, abs=1e-4)
+    for n in (2, 4, 16):
+        for seed in range(20):
+            p = uniform(5, seed=seed)
+            assert exact_best_of_n_kl(p / p.sum(), n) < best_of_n_kl(n)
+        gaps = [best_of_n_kl(n) - exact_best_of_n_kl(torch.full((k,), 1 / k).double(), n) for k in (10, 100, 1000, 10_000)]
+        assert 0 < gaps[3] < gaps[2] < gaps[1] < gaps[0] and gaps[3] < 2e-3
+
+
+# ---- shares, win rates, errors ---------------------------------------------------------------------------------------
+
+def test_share_of_the_optimum():
+    """1 for every optimum on the curve, 0 for pi_ref, a half for half the gain."""
+    rewards = uniform(20, 64)
+    curve, ref = frontier(rewards), uniform(20, 64).mean().item()
+    for point in curve:
+        assert share_of_optimum(curve, point["reward"], point["kl"], ref) == (pytest.approx(1), True)
+        assert share_of_optimum(curve, (point["reward"] + ref) / 2, point["kl"], ref) == (pytest.approx(0.5), True)
+        assert share_of_optimum(curve, ref, point["kl"], ref) == (0, True)
+    between = optimal_weights(rewards, 0.33)  # not a point of the curve
+    assert share_of_optimum(curve, (between * rewards).sum(1).mean().item(), optimal_kl(rewards, 0.33).mean().item(),
+                            ref)[0] == pytest.approx(1, abs=0.01)
+    assert share_of_optimum(curve, curve[-1]["reward"], curve[-1]["kl"] + 1, ref) == (pytest.approx(1), False)
+
+
+def test_the_curve_is_interpolated():
+    curve = [{"kl": 0.0, "reward": 0.5}, {"kl": 1.0, "reward": 0.7}, {"kl": 3.0, "reward": 0.8}]
+    for kl, reward, known in ((-1, 0.5, True), (0, 0.5, True), (0.5, 0.6, True), (1, 0.7, True), (2.5, 0.775, True),
+                              (3, 0.8, True), (3.1, 0.8, False)):
+        assert optimal_reward(curve, kl) == (pytest.approx(reward), known)
+
+
+def test_win_rate_counts_all_comparisons_and_half_of_the_ties():
+    a, b = (torch.randint(4, shape, generator=torch.Generator().manual_seed(2)).float() for shape in ((5, 3), (5, 7)))
+    by_hand = [(x > y) + 0.5 * (x == y) for i in range(5) for x in a[i].tolist() for y in b[i].tolist()]
+    assert win_rate(a, b) == pytest.approx(sum(by_hand) / (5 * 3 * 7))
+    assert win_rate(a, b) + win_rate(b, a) == pytest.approx(1)  # swapping the two sides swaps the result
+    assert win_rate(a, a) == 0.5
+
+
+def test_mean_and_standard_error():
+    assert mean_and_error(torch.tensor([1.0, 2.0, 3.0, 4.0])) == (2.5, pytest.approx(math.sqrt(5 / 3) / 2))
+    means, errors = zip(*(mean_and_error(uniform(100, seed=seed)) for seed in range(400)))
+    spread = torch.tensor(means).std().item()  # of the mean of 100 uniform numbers: 1 / sqrt(12) / 10
+    assert sum(errors) / 400 == pytest.approx(1 / math.sqrt(1200), rel=0.02) == pytest.approx(spread, rel=0.15)
+
+
+def test_the_table():
+    """Each quantity from the right tensor, errors over prompts, SFT's share 0 and the optima's 1."""
+    M, N = 30, 64
+    bank = Bank([""] * M, uniform(M, N, seed=3).float(), torch.arange(M)[:, None].expand(M, N), [[""] * N] * M)
+    rewards, kl, lengths = (uniform(M, 1, seed=s).float().expand(M, 4) for s in (4, 5, 6))  # the four samples are copies
+    table = summary(bank, {"ours": Policy(0.4 + 0.6 * rewards, kl, lengths, [])}, end_beta=0.2)
+    assert list(table) == ["SFT", "ours", "best of 2", "best of 4", "best of 16", "optimum at the KL of ours",
+                           "optimum, where theory ends"]
+    ours = table["ours"]
+    for name, tensor in (("reward", 0.4 + 0.6 * rewards), ("kl", kl), ("length", lengths)):
+        assert ours[name] == pytest.approx(tensor.mean().item(), rel=1e-5)
+        assert ours[name + "_se"] == pytest.approx(tensor[:, 0].std().item() / math.sqrt(M), rel=1e-5)  # 30 values, not 120
+    assert ours["win_rate_over_sft"] == pytest.approx(win_rate(0.4 + 0.6 * rewards, bank.rewards))
+    assert table["SFT"]["reward"] == pytest.approx(bank.rewards.mean().item())
+        assert table["SFT"]["kl"] == 0 and table["SFT"]["share"] is None  # nothing to gain where nothing has moved
+    assert table["SFT"]["length"] == (M - 1) / 2
+    for name in list(table)[5:]:
+        assert table[name]["share"] == pytest.approx(1, abs=0.01) and table[name]["share_known"]
+    assert table["optimum at the KL of ours"]["kl"] == pytest.approx(ours["kl"], abs=1e-5)
+    assert ours["share"] == pytest.approx((ours["reward"] - table["SFT"]["reward"])
+                                          / (table["optimum at the KL of ours"]["reward"] - table["SFT"]["reward"]), rel=0.01)
+
+
+# ---- gold rewards, samples -------------------------------------------------------------------------------------------
+
+def test_a_long_text_is_scored_window_by_window():
+    """Windows of 7 tokens and <bos> for a block of 8, averaged with their lengths, <bos> counted, as weights."""
+    tokenizer = train_bpe([], 259)  # bytes
+    torch.manual_seed(0)
+    model = ScalarModel(GPTConfig(259, 8, 1, 2, 8)).eval()
+    model.gpt.load_state_dict(tiny_gpt(259, 8, 1, 2, 8).state_dict())
+    texts = ["short", "seven!!", "a text of more than two windows", "", "exactly 14 byt"]
+
+    def by_hand(text):
+        ids = tokenizer.encode(text)
+        cut = [ids[i:i + 7] for i in range(0, len(ids), 7)] or [[]]
+        scores = [model(torch.tensor([[tokenizer.bos] + window]))[0, -1].item() for window in cut]
+        return sum(score * (len(window) + 1) for score, window in zip(scores, cut)) / sum(len(window) + 1 for window in cut)
+
+    assert classifier_logits(model, tokenizer, texts).tolist() == pytest.approx([by_hand(text) for text in texts], abs=1e-5)
+
+
+def test_the_gold_reward_of_reviews_reads_prompt_and_response(tmp_path):
+    gold = evaluate.gold_reward("reviews", tmp_path)
+    found = gold(["The plot was", "The plot wasn't"], [" superb.", " superb."]).tolist()
+    assert found == pytest.approx([gold_reward("The plot was superb."), gold_reward("The plot wasn't superb.")])
+
+
+def test_samples_and_rewards_stay_with_their_prompts(sft_run):
+    """The reward here tells which prompt and response it was given; the reference has no distance from itself."""
+    ref, _ = load_run(sft_run)
+    tokenizer = Tokenizer.load(sft_run / "tokenizer.tiktoken")
+    prompts = ["This film", "I saw", "Set in Lisbon, this western", "My aunt", "After dinner I watched"] * 100
+    gold = lambda p, r: torch.tensor([100 * len(a) + len(b) % 100 for a, b in zip(p, r)]).double()  # noqa: E731
+    policy = sample_policy(ref, ref, tokenizer, prompts, gold, samples=3)
+    for i, prompt in enumerate(prompts):
+        assert policy.rewards[i].tolist() == [100 * len(prompt) + len(text) % 100 for text in policy.responses[i]]
+    assert policy.kl.shape == policy.lengths.shape == (500, 3) and policy.kl.abs().max() < 1e-3
+    texts = [text for texts in policy.responses for text in texts]
+    lengths = torch.tensor([len(tokenizer.encode(text)) for text in texts])
+    assert torch.corrcoef(torch.stack([lengths, policy.lengths.flatten()]).double())[0, 1] > 0.99  # tokens, row by row
+    assert len(set(texts[:300])) > 250  # and not the same response again and again
+
+
+def test_a_bank_is_of_one_policy(sft_run, small_reviews, tmp_path):
+    """It is sampled once and read back as it was; another policy's weights stop, with the setting that differs."""
+    ref, _ = load_run(sft_run)
+    tokenizer = Tokenizer.load(sft_run / "tokenizer.tiktoken")
+    gold = evaluate.gold_reward("reviews", tmp_path)
+    first, again = (evaluate.ensure_bank(tmp_path, "reviews", "cpu", ref, tokenizer, "weights", g) for g in (gold, None))
+    assert first.responses == again.responses and torch.equal(first.rewards, again.rewards) and first.rewards.shape == (8, 16)
+    for prompt, responses, rewards in zip(first.prompts, first.responses, first.rewards.tolist()):
+        assert rewards == pytest.approx([gold_reward(prompt + response) for response in responses], abs=1e-6)
+    with pytest.raises(SystemExit, match="policy was 'weights', now 'other weights'"):
+        evaluate.ensure_bank(tmp_path, "reviews", "cpu", ref, tokenizer, "other weights", gold)

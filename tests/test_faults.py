@@ -1,0 +1,556 @@
+"""Kills, full disks, damaged files, NaNs: what a run survives, and what it refuses to go on with.
+
+Weights are compared bit by bit: a run that was stopped and went on must end where one that was left alone ends.
+"""
+import contextlib
+import errno
+import io
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import clone
+import common
+import data
+import dpo
+import reward_model
+import sft
+from data.tokenizer import Tokenizer
+
+SEED = random.randrange(10**6)  # of the moments of the kills: another one every time, and shown where a test fails
+STAGES = {"sft": clone.TINY,
+          "reward_model": "--sft {work}/runs/reviews/sft --pairs {work}/pairs.jsonl --batch-size 4 --epochs 12".split(),
+          "gold": "--on labels --sft {work}/runs/reviews/sft --batch-size 8 --epochs 2".split(),
+          "dpo": "--sft {work}/runs/reviews/sft --pairs {work}/pairs.jsonl --batch-size 4 --epochs 12".split()}
+SCRIPT = {"gold": "reward_model"}  # the script of a stage, where it has another name
+EVERY_STEP = ("--checkpoint-every", "0")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return clone.make(tmp_path_factory.mktemp("clone"))
+
+
+@pytest.fixture(scope="module")
+def work(root, tmp_path_factory) -> Path:
+    """A folder with a finished SFT run and a pairs file, and runs of reward_model and dpo that nothing disturbed."""
+    work = tmp_path_factory.mktemp("work")
+    clone.write_pairs(work / "pairs.jsonl")
+    for stage in STAGES:
+        assert run(root, work, stage, *arguments(stage, work), *(() if stage == "sft" else ("--out", f"runs/reviews/{stage}"))) == 0
+    return work
+
+
+def arguments(stage: str, work: Path) -> list[str]:
+    return [word.format(work=work) for word in STAGES[stage]]
+
+
+def run(root: Path, cwd: Path, stage: str, *argv: str) -> int | str | None:
+    return clone.run_here(root, cwd, SCRIPT.get(stage, stage), *argv)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "model.pt", weights_only=True)["model"]
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    first, second = weights(a), weights(b)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def log(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def last_step(folder: Path) -> int:
+    """The last step in the log, -1 before there is one. Not every step need be logged."""
+    path = folder / "log.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else -1
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:
+    """Until the condition holds; a process that ends first, or takes a minute, fails the test."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"it ended too early: {process.communicate()}"
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.001)
+
+
+def stop_at(number: int, process: subprocess.Popen, folder: Path, step: int) -> tuple[int, str]:
+    """Send the signal once the log has come to `step` and a checkpoint is there; exit status and stderr."""
+    wait_for(lambda: last_step(folder) >= step and (folder / "checkpoint.pt").exists(), process)
+    os.kill(process.pid, number)
+    _, errors = process.communicate(timeout=60)
+    return process.returncode, errors
+
+
+def messages(errors: str) -> list[str]:
+    """The lines of stderr that are not progress bars (those write \\r)."""
+    return [line.strip() for line in errors.splitlines() if line.strip() and "it/s" not in line and "%|" not in line]
+
+
+# ---- kills and Ctrl-C ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_and_resumed_ends_where_an_undisturbed_run_ends(stage, root, work, tmp_path):
+    """kill -9 at a random step (sft: twice), then --resume: weights, optimizer, step and order of the rows all return."""
+    folder, when = tmp_path / "run", random.Random(SEED)
+    command = [*arguments(stage, work), "--out", folder]
+    for _ in range(2 if stage == "sft" else 1):
+        at = last_step(folder) + when.randint(3, 12)
+        process = clone.start(root, SCRIPT.get(stage, stage), *command, *EVERY_STEP, *(["--resume"] if folder.exists() else []), cwd=tmp_path)
+        assert stop_at(signal.SIGKILL, process, folder, at)[0] == -signal.SIGKILL, f"seed {SEED}"
+        assert not (folder / "model.pt").exists()
+    assert run(root, tmp_path, stage, *command, "--resume") == 0
+    assert same_weights(folder, work / "runs/reviews" / stage), f"seed {SEED}, killed near step {at}"
+    assert log(folder) == log(work / "runs/reviews" / stage), "each step once, with the same numbers"
+    assert not list(folder.glob("checkpoint*")) and not list(folder.glob(".*")), "what a kill leaves is cleared at the end"
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(stage, root, work, tmp_path):
+    """Ctrl-C loses nothing: the step in hand is finished and saved, though no checkpoint was due for an hour."""
+    folder = tmp_path / "run"
+    command = [*arguments(stage, work), "--out", folder]
+    process = clone.start(root, SCRIPT.get(stage, stage), *command, "--checkpoint-every", "3600", cwd=tmp_path)
+    wait_for(lambda: last_step(folder) >= 3, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    said = messages(errors)
+    assert len(said) == 1 and "--resume" in said[0], errors
+    done = common.load_checkpoint(folder / "checkpoint.pt")["step"]
+    assert said[0] == f"stopped after step {done}; go on with --resume" and done > last_step(folder)
+    assert run(root, tmp_path, stage, *command, "--resume") == 0
+    assert same_weights(folder, work / "runs/reviews" / stage) and log(folder) == log(work / "runs/reviews" / stage)
+
+
+def test_ctrl_c_outside_the_training_loop_prints_no_traceback(root, work, tmp_path):
+    """While samples are drawn no Run is there to catch it: still one line and the status that a shell shows as 130."""
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(work / "runs/reviews/sft", tmp_path / "runs/sft")
+    process = clone.start(root, "dpo", "--sft", "runs/sft", "--pairs", work / "pairs.jsonl", "--out", "runs/dpo", cwd=tmp_path)
+    wait_for((tmp_path / "runs/dpo/model.pt").exists, process)  # training is over, the bank is being sampled
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT) and messages(errors) == ["stopped"], errors
+
+
+def test_one_seed_one_result(root, work, tmp_path):
+    """Two runs of a seed are identical, another seed is not; and saving at every step instead of never changes nothing."""
+    for stage in STAGES:
+        for name, extra in (("saving", EVERY_STEP), ("other", ("--seed", "1"))):
+            assert run(root, tmp_path, stage, *arguments(stage, work), "--out", f"{stage}-{name}", *extra) == 0
+        left_alone = work / "runs/reviews" / stage  # over in a second, and the first checkpoint is due after a minute
+        assert same_weights(tmp_path / f"{stage}-saving", left_alone)
+        assert log(tmp_path / f"{stage}-saving") == log(left_alone)
+        assert not same_weights(tmp_path / f"{stage}-other", left_alone)
+
+
+# ---- checkpoint files ------------------------------------------------------------------------------------------------
+
+class Stopped(Exception):
+    pass
+
+
+def interrupted_sft(root: Path, work: Path, tmp_path: Path, monkeypatch, steps: int = 9) -> tuple[Path, list]:
+    """An SFT run that stopped after `steps` steps, with a checkpoint of each; and the command that goes on with it."""
+    folder, count = tmp_path / "run", 0
+    save = common.save_checkpoint
+
+    def save_some(path, state):
+        nonlocal count
+        save(path, state)
+        count += 1
+        if count == steps:
+            raise Stopped
+
+    command = [*arguments("sft", work), "--out", folder, *EVERY_STEP]
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "save_checkpoint", save_some)
+        with pytest.raises(Stopped):
+            clone.run_here(root, tmp_path, "sft", *command)
+    return folder, [*command, "--resume"]
+
+
+def test_the_checkpoint_before_is_kept(tmp_path):
+    """save_checkpoint leaves two files: the newest, and the one before it."""
+    path = tmp_path / "checkpoint.pt"
+    assert common.load_checkpoint(path) is None
+    for step in range(4):
+        common.save_checkpoint(path, {"step": step})
+        assert common.load_checkpoint(path) == {"step": step}
+    assert common.load_checkpoint(tmp_path / "checkpoint.prev.pt") == {"step": 2}
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint.prev.pt", "checkpoint.pt"]
+    path.unlink()  # a kill between the two renames of a save leaves only the one before
+    assert common.load_checkpoint(path) == {"step": 2}
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 2], lambda b: b"", lambda b: b[:200] + bytes(300) + b[500:],
+                                    lambda b: b"not a checkpoint"], ids=["half", "empty", "zeroed", "text"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(damage, root, work, tmp_path, monkeypatch, capsys):
+    """It costs one step, not the run: the resumed run still ends bit by bit where it would have."""
+    folder, resume = interrupted_sft(root, work, tmp_path, monkeypatch)
+    newest = folder / "checkpoint.pt"
+    newest.write_bytes(damage(newest.read_bytes()))
+    capsys.readouterr()
+    assert clone.run_here(root, tmp_path, "sft", *resume) == 0
+    output = capsys.readouterr()
+    assert f"damaged checkpoint: {newest} (" in output.err and f"using {folder / 'checkpoint.prev.pt'}" in output.err
+    assert "at step 8" in output.out
+    assert same_weights(folder, work / "runs/reviews/sft") and log(folder) == log(work / "runs/reviews/sft")
+
+
+def test_two_damaged_checkpoints_stop_in_one_line(root, work, tmp_path, monkeypatch):
+    """Starting again from step 0 would throw a run away that may still be rescued by hand."""
+    folder, resume = interrupted_sft(root, work, tmp_path, monkeypatch)
+    for name in ("checkpoint.pt", "checkpoint.prev.pt"):
+        (folder / name).write_bytes(b"nothing")
+    before = tree(folder)
+    said = clone.run_here(root, tmp_path, "sft", *resume)
+    assert said.startswith("error: no checkpoint can be read") and said.count("\n") == 0
+    assert "checkpoint.pt" in said and "checkpoint.prev.pt" in said
+    assert without(tree(folder), "config.json") == without(before, "config.json")
+
+
+def tree(folder: Path) -> dict[str, tuple[bytes, int] | None]:
+    """Every file and folder below, with its bytes and time of change: what 'nothing was touched' means."""
+    return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) if path.is_file() else None
+            for path in sorted(folder.rglob("*"))}
+
+
+def without(files: dict, name: str) -> dict:
+    return {path: value for path, value in files.items() if path != name}
+
+
+@pytest.mark.parametrize("where", ["fsync", "rename"])
+def test_a_failing_write_leaves_the_old_file(where, tmp_path, monkeypatch):
+    """No space at the last moment: one line, the old file as it was, and no half of a new one."""
+    path = tmp_path / "checkpoint.pt"
+    common.save_checkpoint(path, {"step": 1})
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync" if where == "fsync" else "replace", full)
+        with pytest.raises(SystemExit, match=r"^error: .*checkpoint.pt: cannot be written \(No space left on device\)$"):
+            common.save_checkpoint(path, {"step": 2})
+    assert common.load_checkpoint(path) == {"step": 1}
+    assert os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize("room", [700, 5_000, 40_100, 40_900])
+def test_a_disk_that_fills_up_while_torch_saves(room, tmp_path):
+    """The real thing, by the limit on the size of a file: torch makes a RuntimeError of it that tells nobody anything."""
+    path = tmp_path / "checkpoint.pt"
+    common.save_checkpoint(path, {"step": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        with pytest.raises(SystemExit, match=r"cannot be written \(File too large\)$"):
+            common.save_checkpoint(path, {"step": 2, "weights": torch.ones(10_000)})  # 40,000 bytes and some
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert common.load_checkpoint(path) == {"step": 1}
+    assert os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+def test_a_disk_that_fills_up_while_the_log_is_written(root, work, tmp_path):
+    """The log is written at every step, so it is what fails first: one line, and the checkpoint before it is whole."""
+    limit = f"ulimit -f 8; exec {sys.executable} {root / 'dpo.py'} " + " ".join(  # kB a file
+        ["--sft", str(work / "runs/reviews/sft"), "--pairs", str(work / "pairs.jsonl"), "--batch-size", "1", "--out", "run"])
+    done = subprocess.run(["bash", "-c", limit], cwd=tmp_path, capture_output=True, text=True, env=clone.environment())
+    assert done.returncode == 1 and messages(done.stderr) == ["error: run/log.jsonl: cannot be written (File too large)"]
+    assert not (tmp_path / "run/model.pt").exists()
+
+
+KILL_WHILE_SAVING = """
+import os, random, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+from common import load_checkpoint, save_checkpoint
+torch.set_num_threads(1)  # a fork does not copy the other threads, and a child that waits for them never wakes up
+when, parent = random.Random(int(sys.argv[2])), os.getpid()
+for kill in range(12):
+    path = Path(f"kill-{kill}/checkpoint.pt")
+    child = os.fork()
+    step = 0
+    while child == 0 and os.getppid() == parent:  # not for ever, if the test itself is killed
+        save_checkpoint(path, {"step": step, "weights": torch.full((200_000,), float(step))})
+        step += 1
+    if child == 0:
+        os._exit(0)
+    end = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < end
+    time.sleep(when.uniform(0, 0.03))  # not to wait for anything: the moment of the kill
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    state = load_checkpoint(path)
+    assert state["weights"].eq(state["step"]).all() and len(state["weights"]) == 200_000
+print("loaded after every kill")
+"""
+
+
+def test_kill_in_the_middle_of_saving(tmp_path):
+    """A process that does nothing but save is killed 12 times at random moments: what is there loads, and is whole."""
+    done = subprocess.run([sys.executable, "-c", KILL_WHILE_SAVING, clone.ROOT, str(SEED)], cwd=tmp_path, text=True,
+                          capture_output=True, env=clone.environment())
+    assert done.stdout == "loaded after every kill\n" and not done.stderr, f"seed {SEED}: {done.stderr}"
+
+
+# ---- files that would run code ---------------------------------------------------------------------------------------
+
+class Trap:
+    """Unpickling it creates a file: what any program could be in its place."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return io.open, (str(self.marker), "w")
+
+
+@pytest.mark.parametrize("packed", ["pickle", "torch"])
+def test_no_file_we_load_runs_code(packed, root, work, tmp_path, monkeypatch, capsys):
+    """Weights come from strangers. Wherever a .pt is read, a trap in it stays shut and one line says it is not readable."""
+    marker = tmp_path / "the trap was sprung"
+
+    def set_trap(path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"model": Trap(marker), "step": Trap(marker), "architecture": Trap(marker), "kind": "GPT"}
+        path.write_bytes(pickle.dumps(content, protocol=2)) if packed == "pickle" else torch.save(content, path)
+
+    set_trap(tmp_path / "trap.pt")
+    with contextlib.suppress(RuntimeError):
+        torch.load(tmp_path / "trap.pt", weights_only=False)
+    assert marker.exists(), "the trap works"
+    marker.unlink()
+
+    folder, resume = interrupted_sft(root, work, tmp_path, monkeypatch, steps=2)
+    set_trap(folder / "checkpoint.pt")
+    assert clone.run_here(root, tmp_path, "sft", *resume) == 0  # from the one before
+    assert "damaged checkpoint" in capsys.readouterr().err and not marker.exists()
+
+    shutil.copytree(work / "runs/reviews/sft", tmp_path / "runs/reviews/sft")
+    set_trap(tmp_path / "runs/reviews/sft/model.pt")
+    shutil.copytree(work / "runs/reviews/dpo", tmp_path / "runs/reviews/dpo")
+    set_trap(tmp_path / "runs/reviews/dpo/model.pt")
+    set_trap(tmp_path / "runs/imdb/gold/model.pt")
+    for attempt in (lambda: clone.run_here(root, tmp_path, "sft", "--init", "runs/reviews/sft", "--out", "new"),
+                    lambda: clone.run_here(root, tmp_path, "dpo", "--sft", "runs/reviews/sft", "--out", "new"),
+                    lambda: clone.run_here(root, tmp_path, "reward_model", "--sft", "runs/reviews/sft", "--out", "new"),
+                    lambda: clone.run_here(root, tmp_path, "evaluate", "runs/reviews/dpo")):
+        said = attempt()
+        assert said.startswith("error: ") and "\n" not in said and not marker.exists(), said
+    import evaluate
+    with pytest.raises(SystemExit, match="cannot be read"):
+        evaluate.gold_reward("imdb", tmp_path / "runs/imdb")
+    assert not marker.exists() and not (tmp_path / "new").exists()
+
+
+# ---- NaN -------------------------------------------------------------------------------------------------------------
+
+LOSSES = {"sft": (sft, "response_logprobs", "loss = nan"), "reward_model": (reward_model, "reward_loss", "loss = nan"),
+          "dpo": (dpo, "dpo_loss", "chosen_reward = nan")}
+
+
+@pytest.mark.parametrize("stage", LOSSES)
+def test_a_nan_stops_the_run_and_spares_the_checkpoint(stage, root, work, tmp_path, monkeypatch):
+    """The message names step, rows and every part; the last good checkpoint keeps its bytes, and the run can go on."""
+    module, name, part = LOSSES[stage]
+    original, calls, saved = getattr(module, name), 0, {}
+    folder = tmp_path / "run"
+
+    def poisoned(*inputs, **keywords):
+        nonlocal calls
+        result = original(*inputs, **keywords)
+        calls += 1
+        if calls <= 6:
+            return result
+        saved.update({path.name: path.read_bytes() for path in folder.glob("*.pt")})
+        return tuple(x * float("nan") for x in result) if isinstance(result, tuple) else result * float("nan")
+
+    command = [*arguments(stage, work), "--out", folder, *EVERY_STEP]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, poisoned)
+        said = run(root, tmp_path, stage, *command)
+    assert said.startswith("error: step 6: loss = nan") and part in said and "grad_norm = nan" in said and "rows [" in said
+    assert "\n" not in said
+    assert set(saved) == {"checkpoint.pt", "checkpoint.prev.pt"}
+    assert {path.name: path.read_bytes() for path in folder.glob("*.pt")} == saved
+    assert run(root, tmp_path, stage, *command, "--resume") == 0
+    assert same_weights(folder, work / "runs/reviews" / stage) and log(folder) == log(work / "runs/reviews" / stage)
+
+
+def test_one_nan_in_the_weights_stops_the_run(root, work, tmp_path):
+    """A damaged policy: one NaN in the embedding, and neither method trains on as if nothing were."""
+    shutil.copytree(work / "runs/reviews/sft", tmp_path / "poisoned/sft")
+    state = torch.load(tmp_path / "poisoned/sft/model.pt", weights_only=True)
+    state["model"]["wte.weight"][100, 0] = float("nan")
+    torch.save(state, tmp_path / "poisoned/sft/model.pt")
+    for stage in ("dpo", "sft"):
+        said = run(root, tmp_path, stage, "--sft" if stage == "dpo" else "--init", "poisoned/sft", "--out", stage,
+                              *(["--pairs", work / "pairs.jsonl"] if stage == "dpo" else ["--steps", "20"]))
+        assert isinstance(said, str) and "step 0" in said and "nan" in said and "rows [" in said
+        assert not (tmp_path / stage / "model.pt").exists()
+
+
+def test_an_infinity_counts_as_well():
+    """inf - inf is the NaN of the next step."""
+    class Folder:
+        folder = "runs/x"
+    common.Run.check_finite(Folder, 3, torch.tensor([5, 6]), loss=1.0)
+    with pytest.raises(SystemExit, match=r"step 3: loss = 1.0, grad_norm = inf; rows \[5, 6\]"):
+        common.Run.check_finite(Folder, 3, torch.tensor([5, 6]), loss=1.0, grad_norm=float("inf"))
+
+
+# ---- what the stages build for one another ---------------------------------------------------------------------------
+
+def test_a_prepared_folder_is_whole_or_not_there(tmp_path, monkeypatch):
+    """A preparation that fails half-way leaves nothing behind; a killed one leaves no folder of that name."""
+    folder = tmp_path / "prepared"
+
+    def fails(temporary):
+        (temporary / "train.jsonl").write_text("{}\n")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(SystemExit, match=r"^error: .*prepared: cannot be written \(No space left on device\)$"):
+        data.publish(folder, "x", fails)
+    assert os.listdir(tmp_path) == []
+
+    left = tmp_path / f".prepared.{os.getpid()}.tmp"  # as kill -9 leaves it; in a container, the next process has its id
+    left.mkdir()
+    (left / "half.jsonl").write_text("{")
+    assert data.check_prepared(folder) is None
+    data.publish(folder, "x", lambda temporary: {"n": (temporary / "train.jsonl").write_text("{}\n")})
+    assert sorted(os.listdir(folder)) == ["meta.json", "train.jsonl"] and os.listdir(tmp_path) == ["prepared"]
+    assert data.check_prepared(folder)["n"] == 3
+
+
+def test_kill_in_the_middle_of_preparing(tmp_path):
+    """kill -9 while the files are written: whoever looks for the folder finds none, and prepares it again."""
+    program = ("import sys; sys.path.insert(0, sys.argv[1]); import data; from pathlib import Path\n"
+               "def write(folder):\n"
+               "    (folder / 'train.jsonl').write_text('half'); print('writing', flush=True)\n"
+               "    while True: pass\n"
+               "data.publish(Path('prepared'), 'x', write)")
+    with subprocess.Popen([sys.executable, "-c", program, clone.ROOT], cwd=tmp_path, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"writing\n"
+        process.kill()
+    assert data.check_prepared(tmp_path / "prepared") is None
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "no meta"])
+def test_a_damaged_prepared_file_is_named(damage, root, tmp_path):
+    """A train.jsonl cut at a line would train a worse model in silence: its checksum is checked by whoever reads it."""
+    shutil.copytree(root, tmp_path / "clone")
+    prepared = tmp_path / "clone/data/reviews/prepared"
+    victim = prepared / ("meta.json" if damage == "no meta" else "train.jsonl")
+    victim.write_text("".join(victim.read_text().splitlines(True)[:-5])) if damage == "cut" else victim.unlink()
+    said = clone.run_here(tmp_path / "clone", tmp_path, "sft", *clone.TINY)
+    assert said.startswith(f"error: {victim}") and "\n" not in said
+    assert os.listdir(tmp_path) == ["clone"]
+
+
+def test_pairs_and_bank_say_what_they_were_made_of_before_they_exist(root, work, tmp_path, monkeypatch):
+    """A kill between the file and its settings must not leave pairs or a bank that would pass for those of any policy."""
+    import data.pairs
+    import evaluate
+    shutil.copytree(work / "runs/reviews/sft", tmp_path / "runs/reviews/sft")
+    for module, name in ((data.pairs, "pairs-bt"), (evaluate, "bank")):
+        def killed(path, rows):
+            raise Stopped
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "write_jsonl", killed)
+            with pytest.raises(Stopped):
+                clone.run_here(root, tmp_path, "dpo", "--sft", "runs/reviews/sft", *EVERY_STEP)
+        assert os.listdir(tmp_path / "runs/reviews" / name) == ["config.json"]
+    shutil.rmtree(tmp_path / "runs/reviews/sft")
+    assert clone.run_here(root, tmp_path, "sft", *clone.TINY, "--seed", "7", "--out", "runs/reviews/sft") == 0
+    said = clone.run_here(root, tmp_path, "dpo", "--sft", "runs/reviews/sft", "--out", "runs/reviews/new")
+    assert "pairs-bt was made with other settings: policy was" in said and "delete runs/reviews/pairs-bt" in said
+
+
+def test_a_fresh_clone_builds_what_it_lacks_once(root, tmp_path, monkeypatch):
+    """dpo.py alone makes the SFT policy, the pairs and the bank; the next run finds them; other settings stop by name."""
+    tiny = dict(n_layer=1, n_embd=32, n_head=2, batch_size=8, steps=60, warmup=5, lr=2e-2)
+    monkeypatch.setattr(sft.Config, "PRESETS", {("reviews", "cpu"): tiny})
+    assert clone.run_here(root, tmp_path, "dpo") == 0
+    runs = tmp_path / "runs/reviews"
+    assert sorted(os.listdir(runs)) == ["bank", "dpo-beta0.1-seed0", "pairs-bt", "sft"]
+    before = {name: tree(runs / name) for name in ("sft", "pairs-bt", "bank")}
+    assert clone.run_here(root, tmp_path, "dpo", "--beta", "0.5") == 0
+    assert {name: tree(runs / name) for name in before} == before
+    monkeypatch.setattr(sft.Config, "PRESETS", {("reviews", "cpu"): tiny | {"lr": 3e-2}})
+    said = clone.run_here(root, tmp_path, "dpo", "--beta", "0.2")
+    assert said.startswith("error: runs/reviews/sft was made with other settings: lr was 0.02, now 0.03: ")
+    assert {name: tree(runs / name) for name in before} == before
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_model_pt_is_written_last(stage, root, work, tmp_path, monkeypatch):
+    """model.pt says that a run is finished, so all that a finished run needs is there before it: kill it in between."""
+    def killed(*_):
+        raise Stopped
+    monkeypatch.setattr(Tokenizer, "save", killed)
+    with pytest.raises(Stopped):
+        run(root, tmp_path, stage, *arguments(stage, work), "--out", "run")
+    assert not (tmp_path / "run/model.pt").exists()
+
+
+def test_preferred_ft_knows_what_it_was_built_from(root, work, tmp_path):
+    """sft.py --on chosen over another policy or other pairs of the same number is another run, and is stopped by name."""
+    shutil.copytree(work / "runs/reviews/sft", tmp_path / "sft")
+    pairs = clone.write_pairs(tmp_path / "pairs.jsonl")
+    command = ["--on", "chosen", "--init", "sft", "--pairs", "pairs.jsonl", "--out", "pft", "--steps", "5"]
+    assert clone.run_here(root, tmp_path, "sft", *command) == 0
+    assert clone.run_here(root, tmp_path, "sft", *command) == 0
+    clone.write_pairs(pairs, seed=3)
+    assert "built_from was" in clone.run_here(root, tmp_path, "sft", *command)
+
+
+# ---- no network ------------------------------------------------------------------------------------------------------
+
+OUTSIDE = """
+import socket
+for name in ("connect", "connect_ex"):
+    try:
+        print(getattr(socket.socket(), name)(("192.0.2.1", 80)))  # TEST-NET: an address that nobody has
+    except OSError as error:
+        print(error)
+for look_up in (lambda: socket.create_connection(("example.org", 80), 1), lambda: socket.getaddrinfo("example.org", 80),
+                lambda: socket.gethostbyname("example.org"), lambda: socket.socket(type=socket.SOCK_DGRAM).sendto(b"", ("192.0.2.1", 53))):
+    try:
+        print(look_up())
+    except OSError as error:
+        print(error)
+"""
+
+
+def test_the_suite_has_no_network(capsys):
+    """Neither these tests nor the processes they start can reach or look up another machine; this one they can."""
+    exec(OUTSIDE, {})
+    here = capsys.readouterr().out
+    there = subprocess.run([sys.executable, "-c", OUTSIDE], capture_output=True, text=True, env=clone.environment()).stdout
+    assert here == there and len(here.splitlines()) == 6
+    assert all(line.startswith("the tests run without network, but something ") for line in here.splitlines()), here
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()):
+        pass

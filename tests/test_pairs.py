@@ -1,0 +1,159 @@
+"""data/pairs.py: what a pair's ids are, which pairs are refused or dropped, and how pairs are labelled."""
+import json
+import math
+
+import pytest
+import torch
+
+from common import generator, pad
+from conftest import naive_logprobs, tiny_gpt
+from data.pairs import encode_pairs, label_pairs, read_pairs, sampled_responses
+from data.tokenizer import Tokenizer, train_bpe
+from model import response_logprobs
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_bpe(["a good film a good film a goodness", "the bad film the badly made film"] * 3, 290)
+
+
+def row(prompt, chosen, rejected, line=1):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "line": line}
+
+
+# ---- encoding --------------------------------------------------------------------------------------------------------
+
+def test_prompt_and_response_are_encoded_separately(tokenizer):
+    """The ids are encode(prompt) + encode(response), also where the joined text would be merged across the border."""
+    pair, = encode_pairs([row("a good", "ness", " film")], tokenizer, 20, "f")
+    assert tokenizer.encode("a goodness") != tokenizer.encode("a good") + tokenizer.encode("ness")  # it would
+    assert pair.prompt == [tokenizer.bos] + tokenizer.encode("a good")
+    assert pair.chosen == tokenizer.encode("ness") + [tokenizer.eos]
+    assert pair.rejected == tokenizer.encode(" film") + [tokenizer.eos]
+
+
+def test_one_bos_at_the_start_one_eos_at_the_end(tokenizer):
+    for prompt in ("", "a good", "<|bos|> <|eos|> a good"):
+        pair, = encode_pairs([row(prompt, " film", " bad<|eos|>")], tokenizer, 60, "f")
+        for response in (pair.chosen, pair.rejected):
+            ids = pair.prompt + response
+            assert (ids.count(tokenizer.bos), ids.index(tokenizer.bos)) == (1, 0)
+            assert (ids.count(tokenizer.eos), ids.index(tokenizer.eos)) == (1, len(ids) - 1)
+
+
+def test_a_response_that_fills_the_block_was_cut_and_has_no_eos(tokenizer):
+    size = len(tokenizer.encode("a good") + tokenizer.encode(" film film")) + 1
+    pair, = encode_pairs([row("a good", " film film", " film")], tokenizer, size, "f")
+    assert len(pair.prompt + pair.chosen) == size and tokenizer.eos not in pair.chosen
+    assert pair.rejected[-1] == tokenizer.eos
+    pair, = encode_pairs([row("a good", " film film", " film")], tokenizer, size + 1, "f")
+    assert len(pair.prompt + pair.chosen) == size + 1 and pair.chosen[-1] == tokenizer.eos
+    with pytest.raises(SystemExit, match="'chosen' does not fit"):
+        encode_pairs([row("a good", " film film", " film")], tokenizer, size - 1, "f")
+
+
+@pytest.mark.parametrize("field", ["chosen", "rejected"])
+def test_a_response_that_does_not_fit_stops_with_its_line(tokenizer, field):
+    """Nothing is cut: a cut response is not the one that was compared, and two cut responses may be the same."""
+    rows = [row("a good", " film", " bad", line=1), {**row("a good", " film", " bad", line=3), field: " film" * 9}]
+    with pytest.raises(SystemExit) as stop:
+        encode_pairs(rows, tokenizer, 8, "my.jsonl")
+    assert str(stop.value).startswith(f"error: my.jsonl, line 3: '{field}' does not fit: prompt 3 and response 9 tokens")
+    with pytest.raises(SystemExit, match="line 7: 'chosen' does not fit"):  # a prompt that fills the block by itself
+        encode_pairs([row(" film" * 9, " film", " bad", line=7)], tokenizer, 8, "my.jsonl")
+
+
+def test_identical_pairs_are_dropped_and_counted(tokenizer, capsys):
+    rows = [row("a", " film", " bad"), row("a", " film", " film"), row("the", " bad", " bad"), row("a", " bad", " film")]
+    pairs = encode_pairs(rows, tokenizer, 20, "f")
+    assert [tokenizer.decode(p.chosen) for p in pairs] == [" film", " bad"]
+    assert "f: dropped 2 of 4 pairs whose two responses are identical" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="f: no pair with two different responses"):
+        encode_pairs(rows[1:3], tokenizer, 20, "f")
+
+
+def test_eos_counts_and_padding_does_not_although_gpt2_gives_them_one_id(tokenizer):
+    """GPT-2 has one special token for pad, bos and eos; lengths tell them apart, ids are never looked at."""
+    single = Tokenizer(tokenizer.ranks, (287, 287, 287))
+    pair, = encode_pairs([row("a good", " film", " bad bad bad film")], single, 40, "f")
+    assert pair.prompt[0] == pair.chosen[-1] == pair.rejected[-1] == single.pad == 287
+    tokens, lengths = pad([pair.prompt + pair.chosen, pair.prompt + pair.rejected], single.pad)
+    model = tiny_gpt(vocab_size=single.vocab_size, block_size=40)
+    found = response_logprobs(model, tokens, torch.tensor([len(pair.prompt)] * 2), lengths)
+    for logprobs, response in zip(found, (pair.chosen, pair.rejected)):
+        expected = naive_logprobs(model, pair.prompt, response)
+        torch.testing.assert_close(logprobs[:len(response)], expected, rtol=0, atol=1e-4)
+        assert (logprobs[:len(response)] != 0).all() and (logprobs[len(response):] == 0).all()
+
+
+def test_read_pairs_keeps_text_line_numbers_and_further_keys(tmp_path):
+    rows = [{"prompt": "", "chosen": " naïve 日本", "rejected": " b", "source": {"rater": 3}},
+            {"prompt": "p", "chosen": "c", "rejected": "r"}]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n\n".join(json.dumps(r, ensure_ascii=i == 0) for i, r in enumerate(rows)) + "\n", encoding="utf-8")
+    found = read_pairs(path)
+    assert [r["line"] for r in found] == [1, 3]
+    assert [{k: v for k, v in r.items() if k != "line"} for r in found] == rows
+    with pytest.raises(SystemExit, match="none.jsonl: no such pairs file"):
+        read_pairs(tmp_path / "none.jsonl")
+    path.write_text('{"prompt": "p", "chosen": "c", "rejected": ""}\n')
+    with pytest.raises(SystemExit, match="line 1: field 'rejected' is empty"):
+        read_pairs(path)
+
+
+# ---- labels ----------------------------------------------------------------------------------------------------------
+
+def test_bradley_terry_labels_win_as_often_as_the_sigmoid_says():
+    """20,000 draws each, within 4 standard errors, whichever of the two samples comes first."""
+    n, scale = 20_000, 5.0
+    for low, high in ((0.3, 0.7), (0.5, 0.5), (0.1, 0.95), (0.0, 0.05)):
+        for rewards, better in (([low, high], 1), ([high, low], 0)):
+            pairs = label_pairs(torch.tensor([rewards]).expand(n, 2), "bt", scale, generator(0))
+            p = 1 / (1 + math.exp(-scale * (high - low)))
+            wins = sum(chosen == better for _, chosen, _ in pairs)
+            assert len(pairs) == n and abs(wins / n - p) < 4 * math.sqrt(p * (1 - p) / n)
+
+
+def test_labels_of_the_six_pairs_are_drawn_independently():
+    """Four equal rewards: all 2^6 outcomes of the six comparisons are equally likely; chi-square with 63 degrees of freedom,
+    whose 99.99% point is 114."""
+    n = 16_000
+    pairs = label_pairs(torch.full((n, 4), 0.3), "bt", 5.0, generator(1))
+    first = torch.tensor([chosen < rejected for _, chosen, rejected in pairs]).view(n, 6)
+    counts = (first * 2 ** torch.arange(6)).sum(1).bincount(minlength=64)
+    assert ((counts - n / 64) ** 2 / (n / 64)).sum() < 114
+
+
+def test_argmax_labels_choose_the_better_and_leave_ties_out():
+    rewards = torch.rand(50, 4, generator=generator(2))
+    rewards[0] = torch.tensor([0.2, 0.9, 0.2, 0.9])
+    pairs = label_pairs(rewards, "argmax", 5.0, generator(3))
+    assert all(rewards[i, chosen] > rewards[i, rejected] for i, chosen, rejected in pairs)
+    assert sorted(p for p in pairs if p[0] == 0) == [(0, 1, 0), (0, 1, 2), (0, 3, 0), (0, 3, 2)]
+    assert pairs == label_pairs(rewards, "argmax", 1.0, generator(4))  # nothing is drawn
+
+
+@pytest.mark.parametrize("labels", ["bt", "argmax"])
+def test_four_samples_make_all_six_pairs(labels):
+    rewards = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.9, 0.7, 0.5, 0.3]])
+    pairs = label_pairs(rewards, labels, 5.0, generator(5))
+    for i in range(2):
+        assert sorted(tuple(sorted(p[1:])) for p in pairs if p[0] == i) == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+
+
+# ---- sampling --------------------------------------------------------------------------------------------------------
+
+def test_sampled_responses_stay_with_their_prompts(tokenizer):
+    """Samples of one prompt lie next to each other, texts are what the ids say, and more than one part is joined in order."""
+    model = tiny_gpt(vocab_size=tokenizer.vocab_size, block_size=12, n_layer=1, size=0.3)
+    prompts = ["a good", "the", "a film the bad film", ""] * 100
+    parts, texts = sampled_responses(model, tokenizer, prompts, 3, seed=1)
+    again, other = (sampled_responses(model, tokenizer, prompts, 3, seed=seed)[1] for seed in (1, 2))
+    rows = [(row[:p], row[p:n]) for part in parts
+            for row, p, n in zip(part.tokens.tolist(), part.prompt_lengths.tolist(), part.lengths.tolist())]
+    assert len(parts) == 2 and len(rows) == len(texts) == 1200
+    for i, ((prompt, response), text) in enumerate(zip(rows, texts)):
+        assert prompt == [tokenizer.bos] + tokenizer.encode(prompts[i // 3])
+        assert text == tokenizer.decode(response)
+    assert len(set(texts[:3])) == 3
+    assert texts == again != other

@@ -1,0 +1,45 @@
+"""What the README promises: its commands are run somewhere, its files are as long as it says, its numbers are committed."""
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+# commands that cannot run here (hours, or a network); the test that runs the same path at a small size
+SMALL = {
+    "python data/imdb/prepare.py": "test_imdb.py: test_the_whole_imdb_pipeline",
+    "python dpo.py --dataset imdb --beta 0.1": "test_imdb.py: test_the_whole_imdb_pipeline",
+    "python dpo.py --pairs FILE.jsonl": ".ci/run, with the pairs that the first command wrote",
+    "python sft.py --dataset imdb --init gpt2-large --steps 1000 --lr 5e-5 --out runs/imdb-gpt2/sft": "test_model.py, test_cli.py",
+    "python dpo.py --dataset imdb --sft runs/imdb-gpt2/sft --lr 1e-5": "test_imdb.py: test_the_whole_imdb_pipeline",
+}
+
+
+def test_every_command_is_run():
+    ran = (ROOT / ".ci" / "run").read_text()
+    blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.S)
+    commands = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+    assert "python dpo.py --beta 0.1" in commands and "pytest" in commands
+    for command in commands:
+        assert command in SMALL or command in ran.splitlines() or command.replace("pip install", "pip install -q") in ran, command
+
+
+def test_lengths_in_the_file_table():
+    for name, lines in re.findall(r"^\| \[`(\w+\.py)`\].*\| (\d+) \|$", README, flags=re.M):
+        assert abs(len((ROOT / name).read_text().splitlines()) - int(lines)) <= 10, name
+
+
+def test_every_root_file_is_in_the_table():
+    for path in ROOT.glob("*.py"):
+        assert f"[`{path.name}`]" in README, path.name
+
+
+def test_numbers_come_from_committed_jsonl():
+    """Each row `| name | reward ± se | KL ± se |` of the results says which evaluation.json it was read from."""
+    rows = re.findall(r"\| ([\d.]+) ± ([\d.]+) \| ([\d.]+) ± ([\d.]+) \|.*\[json\]\((results/[^)#]+)#([^)]+)\)", README)
+    assert rows
+    for reward, reward_se, kl, kl_se, path, name in rows:
+        row = json.loads((ROOT / path).read_text())["table"][name.replace("%20", " ")]
+        assert (reward, reward_se) == (f"{row['reward']:.3f}", f"{row['reward_se']:.3f}")
+        assert (kl, kl_se) == (f"{row['kl']:.2f}", f"{row['kl_se']:.2f}")
