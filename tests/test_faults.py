@@ -49,7 +49,8 @@ def work(root, tmp_path_factory) -> Path:
     work = tmp_path_factory.mktemp("work")
     clone.write_pairs(work / "pairs.jsonl")
     for stage in STAGES:
-        assert run(root, work, stage, *arguments(stage, work), *(() if stage == "sft" else ("--out", f"runs/reviews/{stage}"))) == 0
+        out = [] if stage == "sft" else ["--out", f"runs/reviews/{stage}"]
+        assert run(root, work, stage, *arguments(stage, work), *out) == 0
     return work
 
 
@@ -113,7 +114,8 @@ def test_killed_and_resumed_ends_where_an_undisturbed_run_ends(stage, root, work
     command = [*arguments(stage, work), "--out", folder]
     for _ in range(2 if stage == "sft" else 1):
         at = last_step(folder) + when.randint(3, 12)
-        process = clone.start(root, SCRIPT.get(stage, stage), *command, *EVERY_STEP, *(["--resume"] if folder.exists() else []), cwd=tmp_path)
+        resume = ["--resume"] if folder.exists() else []
+        process = clone.start(root, SCRIPT.get(stage, stage), *command, *EVERY_STEP, *resume, cwd=tmp_path)
         assert stop_at(signal.SIGKILL, process, folder, at)[0] == -signal.SIGKILL, f"seed {SEED}"
         assert not (folder / "model.pt").exists()
     assert run(root, tmp_path, stage, *command, "--resume") == 0
@@ -273,9 +275,9 @@ def test_a_disk_that_fills_up_while_torch_saves(room, tmp_path):
 
 def test_a_disk_that_fills_up_while_the_log_is_written(root, work, tmp_path):
     """The log is written at every step, so it is what fails first: one line, and the checkpoint before it is whole."""
-    limit = f"ulimit -f 8; exec {sys.executable} {root / 'dpo.py'} " + " ".join(  # kB a file
-        ["--sft", str(work / "runs/reviews/sft"), "--pairs", str(work / "pairs.jsonl"), "--batch-size", "1", "--out", "run"])
-    done = subprocess.run(["bash", "-c", limit], cwd=tmp_path, capture_output=True, text=True, env=clone.environment())
+    command = f"{sys.executable} {root / 'dpo.py'} --sft {work / 'runs/reviews/sft'} --pairs {work / 'pairs.jsonl'} --out run"
+    done = subprocess.run(["bash", "-c", f"ulimit -f 8; exec {command} --batch-size 1 --epochs 4"],  # 8 kB a file
+                          cwd=tmp_path, capture_output=True, text=True, env=clone.environment())
     assert done.returncode == 1 and messages(done.stderr) == ["error: run/log.jsonl: cannot be written (File too large)"]
     assert not (tmp_path / "run/model.pt").exists()
 
@@ -537,7 +539,8 @@ for name in ("connect", "connect_ex"):
     except OSError as error:
         print(error)
 for look_up in (lambda: socket.create_connection(("example.org", 80), 1), lambda: socket.getaddrinfo("example.org", 80),
-                lambda: socket.gethostbyname("example.org"), lambda: socket.socket(type=socket.SOCK_DGRAM).sendto(b"", ("192.0.2.1", 53))):
+                lambda: socket.gethostbyname("example.org"),
+                lambda: socket.socket(type=socket.SOCK_DGRAM).sendto(b"", ("192.0.2.1", 53))):
     try:
         print(look_up())
     except OSError as error:

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+import clone
 from common import read_json, read_jsonl
 from data.imdb import prepare as imdb
+from data.reviews.grammar import gold_reward, sample_review
 from data.tokenizer import Tokenizer, train_bpe
 
 # The planted copies: 1 in train, 2 in test, 1 in unsup, 1 text in train and test, 2 in train and unsup, 1 in test and
@@ -342,3 +344,37 @@ def test_prepare_downloads_beside_the_output(tmp_path, monkeypatch):
         monkeypatch.setattr(imdb, "URL", url)
         assert imdb.prepare(None, tmp_path / "new" / "prepared", vocab_size=300)["dropped"] == DROPPED
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["imdb.tar.gz", "prepared"]
+
+
+# ---- the whole pipeline ----------------------------------------------------------------------------------------------
+
+def test_the_whole_imdb_pipeline(tmp_path):
+    """prepare.py --archive, then dpo.py --dataset imdb, as processes, on an archive of 400 small reviews: SFT, the gold
+    classifier, pairs, DPO and the evaluation all find what the stage before them left."""
+    root = clone.make(tmp_path / "clone")
+    rng = random.Random(0)
+    reviews = [sample_review(rng)[0] for _ in range(400)]
+    files = {folder: [] for folder in FILES}
+    for i, text in enumerate(reviews):
+        label = "pos" if gold_reward(text) > 0.5 else "neg"
+        files["train/unsup" if i % 4 == 0 else f"{'test' if i % 4 == 1 else 'train'}/{label}"].append(text)
+    archive = make_archive(tmp_path / "small.tar.gz", files)
+    sft = "--dataset imdb".split() + clone.TINY
+
+    def run(script, *argv):
+        process = clone.start(root, script, *argv, cwd=tmp_path)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        return out
+
+    run("data/imdb/prepare", "--archive", archive, "--vocab-size", 400)
+    run("sft", *sft)
+    (root / "data" / "pairs.py").write_text((root / "data" / "pairs.py").read_text().replace("prompts=4000", "prompts=20"))
+    (root / "evaluate.py").write_text((root / "evaluate.py").read_text().replace('"cpu"): (256, 64)', '"cpu"): (8, 8)'))
+    out = run("dpo", "--dataset", "imdb", "--sft", "runs/imdb/sft", "--beta", 0.1, "--warmup", 2)
+    assert "test accuracy 100 words" in out and "DPO beta 0.1" in out and "optimum" in out
+    table = read_json(tmp_path / "runs/imdb/dpo-beta0.1-seed0/evaluation.json")["table"]
+    assert 0 < table["SFT"]["reward"] < 1 and table["DPO beta 0.1"]["kl"] > -0.5
+    assert "optimum, where theory ends" not in table  # the labels are the paper's, without noise: the theory has no end here
+    rows = read_jsonl(tmp_path / "runs/imdb/pairs-argmax/pairs.jsonl", {"chosen_reward": float, "rejected_reward": float})
+    assert all(row["chosen_reward"] >= row["rejected_reward"] for row in rows)
