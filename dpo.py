@@ -53,7 +53,7 @@ class Config:
     epochs: float = 1.0  # passes over the pairs; the paper makes one
     batch_size: int = 32  # pairs a step
     micro_batch_size: int = 0  # pairs a forward pass, if memory is short; 0 = all at once; same gradient
-    lr: float = 3e-4  # learning rate after the warm-up, then falling linearly to 0
+    lr: float = 2e-4  # learning rate after the warm-up, then falling linearly to 0
     warmup: int = 15  # steps of linear warm-up
     max_grad_norm: float = 1.0  # gradient clipping
     seed: int = 0  # order of the pairs

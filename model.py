@@ -9,7 +9,6 @@ ids: no real token can see a pad. Shapes: B rows, T positions, C channels, V voc
 """
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from common import atomic_write, autocast, device, fail, write_json
+from common import atomic_write, autocast, device, fail, read_json, write_json
 
 
 @dataclass
@@ -298,7 +297,7 @@ def from_pretrained(name: str) -> GPT:
     folder = pretrained_folder(name)
     if not (folder / "config.json").exists() or not (folder / "model.safetensors").exists():
         fail(f"{folder}: expected the files config.json and model.safetensors of a GPT-2 checkpoint")
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     if config.get("model_type") != "gpt2" or config.get("activation_function", "gelu_new") != "gelu_new":
         fail(f"{folder}/config.json: model_type is {config.get('model_type')!r} with activation "
              f"{config.get('activation_function')!r}, expected 'gpt2' with 'gelu_new'")
@@ -357,10 +356,13 @@ def load_run(folder: str | Path, kind: type = GPT) -> tuple[nn.Module, dict]:
             "; it was stopped: go on with --resume" if (Path(folder) / "checkpoint.pt").exists() else ""))
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        model = kind(GPTConfig(**state["architecture"]))
+        if state["kind"] == kind.__name__:
+            model = kind(GPTConfig(**state["architecture"]))
+            model.load_state_dict(state.pop("model"))
     except Exception as error:  # torch.load raises many kinds for a damaged file
         fail(f"{path}: cannot be read ({type(error).__name__})")
     if state["kind"] != kind.__name__:
         fail(f"{path} holds a {state['kind']}, expected a {kind.__name__}")
-    model.load_state_dict(state.pop("model"))
+    if bad := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
+        fail(f"{path}: {bad[0]} is not finite")
     return model.to(device()).eval(), state

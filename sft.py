@@ -37,7 +37,8 @@ class Config:
     dataset: str = "reviews"  # a folder of data/
     preset: str = "cpu"  # defaults for a machine: cpu, or gpu (imdb)
     on: Literal["documents", "chosen"] = "documents"  # chosen = Preferred-FT
-    init: str = ""  # start from a finished run, a GPT-2 name (gpt2, gpt2-medium, ...) or a GPT-2 checkpoint folder
+    init: str = ""  # start from a finished run, a GPT-2 name (gpt2, gpt2-medium, ...) or a GPT-2 checkpoint folder;
+    # its size then wins over --n-layer, --n-head and --n-embd
     pairs: str = ""  # --on chosen: the pairs file, if not the one in the runs folder
     out: str = ""  # run folder, if not runs/<dataset>/sft (or preferred-ft)
     n_layer: int = 2  # blocks
@@ -59,7 +60,7 @@ class Config:
 
     PRESETS: ClassVar[dict] = {
         ("imdb", "cpu"): dict(n_layer=4, n_head=4, n_embd=256, block_size=96, batch_size=32, steps=6500, lr=3e-3, warmup=200),
-        ("imdb", "gpu"): dict(n_layer=8, n_head=8, n_embd=512, block_size=256, batch_size=256, steps=3000, lr=1.5e-3,
+        ("imdb", "gpu"): dict(n_layer=10, n_head=8, n_embd=512, block_size=256, batch_size=256, steps=3000, lr=1.5e-3,
                               warmup=200),
     }
 

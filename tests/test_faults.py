@@ -403,7 +403,7 @@ def test_a_nan_stops_the_run_and_spares_the_checkpoint(stage, root, work, tmp_pa
 
 
 def test_one_nan_in_the_weights_stops_the_run(root, work, tmp_path):
-    """A damaged policy: one NaN in the embedding, and neither method trains on as if nothing were."""
+    """A damaged policy: one NaN in the embedding, and nothing is sampled from it or trained on it."""
     shutil.copytree(work / "runs/reviews/sft", tmp_path / "poisoned/sft")
     state = torch.load(tmp_path / "poisoned/sft/model.pt", weights_only=True)
     state["model"]["wte.weight"][100, 0] = float("nan")
@@ -411,8 +411,8 @@ def test_one_nan_in_the_weights_stops_the_run(root, work, tmp_path):
     for stage in ("dpo", "sft"):
         said = run(root, tmp_path, stage, "--sft" if stage == "dpo" else "--init", "poisoned/sft", "--out", stage,
                               *(["--pairs", work / "pairs.jsonl"] if stage == "dpo" else ["--steps", "20"]))
-        assert isinstance(said, str) and "step 0" in said and "nan" in said and "rows [" in said
-        assert not (tmp_path / stage / "model.pt").exists()
+        assert said == "error: poisoned/sft/model.pt: wte.weight is not finite"
+        assert not (tmp_path / stage).exists()
 
 
 def test_an_infinity_counts_as_well():
