@@ -409,13 +409,15 @@ class Run:
 
     def finish(self, **extra: Any) -> None:
         """Write model.pt (weights and what describes them) and drop the checkpoints, which it replaces."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         self._log.close()
         weights = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
         atomic_write(self.folder / "model.pt", lambda file: torch.save({"model": weights, **extra}, file))
         for path in (self.checkpoint_path, self.checkpoint_path.with_suffix(".prev.pt"),
                      *self.folder.glob(".*.tmp")):  # these, a kill in the middle of a write has left
             path.unlink(missing_ok=True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self._interrupted:  # pressed after the last step: the model is safe, what comes after it need not be done
+            raise KeyboardInterrupt
 
 
 def check_folder(config: Any, built_from: dict | None = None) -> None:

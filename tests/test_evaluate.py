@@ -168,7 +168,7 @@ def test_the_table():
         assert ours[name + "_se"] == pytest.approx(tensor[:, 0].std().item() / math.sqrt(M), rel=1e-5)  # 30 values, not 120
     assert ours["win_rate_over_sft"] == pytest.approx(win_rate(0.4 + 0.6 * rewards, bank.rewards))
     assert table["SFT"]["reward"] == pytest.approx(bank.rewards.mean().item())
-        assert table["SFT"]["kl"] == 0 and table["SFT"]["share"] is None  # nothing to gain where nothing has moved
+    assert table["SFT"]["kl"] == 0 and table["SFT"]["share"] is None  # nothing to gain where nothing has moved
     assert table["SFT"]["length"] == (M - 1) / 2
     for name in list(table)[5:]:
         assert table[name]["share"] == pytest.approx(1, abs=0.01) and table[name]["share_known"]
