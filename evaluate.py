@@ -130,7 +130,7 @@ def gold_reward(dataset: str, base: Path) -> GoldReward:
 
 
 @torch.no_grad()
-def classifier_logits(model: ScalarModel, tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
+def classifier_logits(model: ScalarModel, tokenizer: Tokenizer, texts: list[str], dtype: str = "auto") -> torch.Tensor:
     """log-odds of "positive", (B,). A text longer than the block is cut into windows, whose log-odds are averaged by length."""
     size, windows, owner = model.config.block_size - 1, [], []
     for i, ids in enumerate(tokenizer.encode_batch(texts)):
@@ -143,7 +143,7 @@ def classifier_logits(model: ScalarModel, tokenizer: Tokenizer, texts: list[str]
         tokens = torch.full((len(rows), int(lengths[rows].max())), tokenizer.pad)
         for j, i in enumerate(rows.tolist()):
             tokens[j, :lengths[i]] = torch.tensor(windows[i])
-        with autocast("auto"):
+        with autocast(dtype):
             logits[rows] = model.score(tokens.to(device()), lengths[rows].to(device())).cpu()
     owner, weight = torch.tensor(owner), lengths.float()
     return (torch.zeros(len(texts)).index_add(0, owner, logits * weight)
@@ -334,8 +334,8 @@ def main(runs: list[str]) -> None:
         for b, policy_b in list(policies.items())[i + 1:]:
             print(f"{a} wins over {b}: {win_rate(policy_a.rewards, policy_b.rewards):.1%} of comparisons")
     for run in runs:
-        path = Path(run) / "evaluation.json"  # what training wrote there besides the table stays
-        write_json(path, {**(read_json(path) if path.exists() else {}), "table": rows})
+        path = Path(run) / "evaluation.json"  # what training wrote there stays
+        write_json(path, {**(read_json(path) if path.exists() else {}), "compared": rows})
 
 
 def check_same_task(run: str | Path, meta: dict, expected: dict) -> None:

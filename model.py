@@ -217,8 +217,9 @@ def generate(model: GPT, prompts: list[list[int]], max_length: int, eos: int, pa
     """Sample a response to every prompt, from exactly the softmax that response_logprobs scores: no top-k, no top-p.
 
     Prompts of different lengths run together: all rows stand at the same position, and a row that is still inside its
-    prompt takes the prompt's next token where the others take a sampled one. A row ends at its EOS or at max_length. Row i draws its own uniform numbers, so what it gets does not depend on `chunk`, nor
-    on the rows beside it (up to rounding).
+    prompt takes the prompt's next token where the others take a sampled one. A row ends at its EOS or at max_length.
+    Row i draws its own uniform numbers, so what it gets does not depend on `chunk`, nor on the rows beside it (up to
+    rounding).
 
     Args:
         prompts: ids of each prompt, at least one id each.

@@ -127,7 +127,8 @@ def train(config: Config) -> Path:
         tokens, lengths = pad([p.prompt + p.chosen for p in pairs] + [p.prompt + p.rejected for p in pairs], tokenizer.pad)
         sizes = torch.maximum(*lengths.view(2, -1))[:n - held]
     else:
-        ids, labels = tokenizer.encode_batch([row["text"] for row in documents]), torch.tensor([float(row["label"]) for row in documents])
+        ids = tokenizer.encode_batch([row["text"] for row in documents])
+        labels = torch.tensor([float(row["label"]) for row in documents])
         n, held = len(ids), len(ids) // 20
         sizes = torch.tensor([min(len(row), block_size) for row in ids[:n - held]])
 
@@ -144,8 +145,8 @@ def train(config: Config) -> Path:
     scores_everywhere = torch.compile(model) if config.compile else model
 
     # ---- 3) train ----------------------------------------------------------------------------------------------------
-    bar = tqdm(range(run.step, steps), f"{'reward model' if config.on == 'pairs' else 'gold classifier'} on {n - held} {config.on}",
-               steps, initial=run.step)
+    name = "reward model" if config.on == "pairs" else "gold classifier"
+    bar = tqdm(range(run.step, steps), f"{name} on {n - held} {config.on}", steps, initial=run.step)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = config.lr * warmup_cosine(step, steps, config.warmup)
@@ -187,12 +188,11 @@ def train(config: Config) -> Path:
         model.std.fill_(scores.std().item())
         result = pair_accuracy(*scores.view(2, -1)[:, n - held:] if held else scores.view(2, -1))
     else:
-        result = {"held_out_accuracy": truncated_accuracy(model, tokenizer, documents[n - held:], "whole")}
-        if (path.parent / "test.jsonl").exists():
-            test = read_jsonl(path.parent / "test.jsonl", {"text": str, "label": int})
-            for words in (50, 100, 200, "whole"):
-                result[f"test_accuracy_{words}_words" if words != "whole" else "test_accuracy_whole"] = truncated_accuracy(
-                    model, tokenizer, test, words)
+        result = {"held_out_accuracy": truncated_accuracy(model, tokenizer, documents[n - held:], None, config.dtype)}
+        test = read_jsonl(path.parent / "test.jsonl", {"text": str, "label": int})
+        for words in (50, 100, 200, None):
+            name = f"test_accuracy_{words}_words" if words else "test_accuracy_whole"
+            result[name] = truncated_accuracy(model, tokenizer, test, words, config.dtype)
     run.log(step=steps, seconds=run.seconds(), **result)
     tokenizer.save(run.folder / "tokenizer.tiktoken")
     run.finish(kind="ScalarModel", architecture=asdict(model.config), dataset=config.dataset, tokenizer=tokenizer.fingerprint)
@@ -206,7 +206,8 @@ def all_scores(model: ScalarModel, tokens: torch.Tensor, lengths: torch.Tensor, 
     with torch.no_grad():
         for rows in lengths.argsort(stable=True).split(256):
             with autocast(dtype):
-                scores[rows] = model.score(tokens[rows, :int(lengths[rows].max())].to(device()), lengths[rows].to(device())).cpu()
+                scores[rows] = model.score(tokens[rows, :int(lengths[rows].max())].to(device()),
+                                           lengths[rows].to(device())).cpu()
     return scores
 
 
@@ -223,10 +224,10 @@ def pair_accuracy(chosen: torch.Tensor, rejected: torch.Tensor) -> dict[str, flo
     return result
 
 
-def truncated_accuracy(model: ScalarModel, tokenizer: Tokenizer, rows: list[dict], words: int | str) -> float:
-    """Accuracy of the classifier on the first `words` words of each text."""
-    texts = [row["text"] if words == "whole" else " ".join(row["text"].split()[:words]) for row in rows]
-    logits = evaluate.classifier_logits(model, tokenizer, texts)
+def truncated_accuracy(model: ScalarModel, tokenizer: Tokenizer, rows: list[dict], words: int | None, dtype: str) -> float:
+    """Accuracy of the classifier on the first `words` words of each text, or on the whole of it."""
+    texts = [" ".join(row["text"].split()[:words]) for row in rows]
+    logits = evaluate.classifier_logits(model, tokenizer, texts, dtype)
     return ((logits > 0) == (torch.tensor([row["label"] for row in rows]) > 0.5)).float().mean().item()
 
 

@@ -1,7 +1,8 @@
 """Preference pairs: the file format, its checks, and how pairs are sampled and labelled.
 
 A row is {"prompt", "chosen", "rejected"}, text, as in the Hugging Face preference format; further keys are allowed. A
-response is the prompt's literal continuation (with its leading space). What the built-in tasks write is the same format.
+response is the prompt's literal continuation (with its leading space). The built-in tasks write the same format, with the
+ids that were sampled beside the texts ("chosen_ids", "rejected_ids").
 """
 from __future__ import annotations
 
@@ -46,23 +47,36 @@ def encode_pairs(rows: list[dict], tokenizer: Tokenizer, block_size: int, path: 
     change what was preferred.
     """
     pairs, identical = [], 0
-    prompts, chosens, rejecteds = (tokenizer.encode_batch([row[name] for row in rows])
-                                   for name in ("prompt", "chosen", "rejected"))
-    for row, prompt, *responses in zip(rows, prompts, chosens, rejecteds):
-        prompt = [tokenizer.bos] + prompt
-        for name, response in zip(("chosen", "rejected"), responses):
-            if len(prompt) + len(response) > block_size:
-                fail(f"{path}, line {row['line']}: {name!r} does not fit: prompt {len(prompt)} and response {len(response)} "
-                     f"tokens, block size {block_size}")
-        if responses[0] == responses[1]:
+    encoded = {name: tokenizer.encode_batch([row[name] for row in rows]) for name in ("prompt", "chosen", "rejected")}
+    for i, row in enumerate(rows):
+        prompt, responses = [tokenizer.bos] + encoded["prompt"][i], []
+        room = block_size - len(prompt)
+        for name in ("chosen", "rejected"):
+            ids, where = encoded[name][i], f"{path}, line {row['line']}"
+            if f"{name}_ids" in row:  # sampled here: the very tokens, of which the text may have others
+                ids = sampled_ids(row[f"{name}_ids"], row[name], tokenizer, f"{where}: field '{name}_ids'")
+            if len(ids) > room:
+                fail(f"{where}: {name!r} does not fit: prompt {len(prompt)} and response {len(ids)} tokens, "
+                     f"block size {block_size}")
+            responses.append(ids if f"{name}_ids" in row else (ids + [tokenizer.eos])[:room])
+        if row["chosen"] == row["rejected"]:
             identical += 1
             continue
-        pairs.append(Pair(prompt, *((r + [tokenizer.eos])[:block_size - len(prompt)] for r in responses)))
+        pairs.append(Pair(prompt, *responses))
     if identical:
         print(f"{path}: dropped {identical} of {len(rows)} pairs whose two responses are identical")
     if not pairs:
         fail(f"{path}: no pair with two different responses")
     return pairs
+
+
+def sampled_ids(ids: object, text: str, tokenizer: Tokenizer, where: str) -> list[int]:
+    """The ids of a sampled response, after a check that they say what the text beside them says."""
+    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in ids):
+        fail(f"{where}: expected a list of ids below {tokenizer.vocab_size}")
+    if tokenizer.decode(ids) != text:
+        fail(f"{where} does not decode to the text beside it (another tokenizer, or an edited text): leave the field out")
+    return ids
 
 
 def label_pairs(rewards: torch.Tensor, labels: Literal["bt", "argmax"], scale: float,
@@ -127,8 +141,8 @@ def ensure_pairs(base: Path, dataset: str, preset: str, labels: str, model: GPT,
                  gold: Callable[[list[str], list[str]], torch.Tensor]) -> Path:
     """The pairs file of a runs folder; sampled from `model`, labelled by `gold` and written if it is missing.
 
-    A response is kept if its text encodes to the very ids that were sampled (more than 99 in 100 do), so the pairs in the
-    file are the responses that the policy gave.
+    Beside its text a response has its ids, with the <eos> that ended it or without: a text can be written with other
+    tokens than BPE would choose, and a small model trained on varied text does so in a quarter of its long responses.
     """
     size = SIZES.get((dataset, preset), SIZES["reviews", "cpu"])
     folder = base / f"pairs-{labels}"
@@ -145,22 +159,21 @@ def ensure_pairs(base: Path, dataset: str, preset: str, labels: str, model: GPT,
     rewards = gold(repeated, texts)
     sampled = [row[p:n] for part in parts
                for row, p, n in zip(part.tokens.tolist(), part.prompt_lengths.tolist(), part.lengths.tolist())]
-    kept = [[i for i in ids if i != tokenizer.eos] == encoded and bool(text)
-            for ids, encoded, text in zip(sampled, tokenizer.encode_batch(texts), texts)]
     rows, agree, lost, n = [], 0.0, 0, size["samples"]
     for i, a, b in label_pairs(rewards.view(-1, n), labels, size["scale"], generator(SEED, 2)):
         a, b = i * n + a, i * n + b
-        if not (kept[a] and kept[b]) or texts[a] == texts[b]:
+        if not (texts[a] and texts[b]) or texts[a] == texts[b]:
             lost += 1
             continue
         agree += float(rewards[a] > rewards[b]) + 0.5 * float(rewards[a] == rewards[b])
         rows.append({"prompt": prompts[i], "chosen": texts[a], "rejected": texts[b],
-                     "chosen_reward": round(rewards[a].item(), 4), "rejected_reward": round(rewards[b].item(), 4)})
+                     "chosen_reward": round(rewards[a].item(), 4), "rejected_reward": round(rewards[b].item(), 4),
+                     "chosen_ids": sampled[a], "rejected_ids": sampled[b]})
     if not rows:
-        fail(f"{folder}: no two responses to a prompt differ and encode back from their text: train the SFT policy for longer")
+        fail(f"{folder}: no two responses to a prompt differ: train the SFT policy for longer")
     write_json(folder / "config.json", {**settings, "pairs": len(rows), "left_out": lost,  # before the pairs: without
                                         "labels_agree_with_gold": round(agree / len(rows), 4)})  # it they pass for any
     write_jsonl(path, rows)
-    print(f"{len(rows)} pairs ({lost} left out: identical, or text that does not encode back), labels agree with the gold "
-          f"order {agree / len(rows):.1%}  ->  {path}")
+    print(f"{len(rows)} pairs ({lost} left out: identical or empty), labels agree with the gold order "
+          f" {agree / len(rows):.1%}  ->  {path}")
     return path

@@ -336,7 +336,7 @@ def test_evaluate_takes_the_reference_that_the_run_was_trained_from(root, work, 
     policy, _ = load_run(tmp_path / "mine/policy")
     bank = json.loads((tmp_path / "mine/bank/config.json").read_text())
     assert bank["policy"] == common.fingerprint(policy.state_dict())
-    assert {"SFT", "a/run"} <= json.loads((tmp_path / "a/run/evaluation.json").read_text())["table"].keys()
+    assert {"SFT", "a/run"} <= json.loads((tmp_path / "a/run/evaluation.json").read_text())["compared"].keys()
     other_tokenizer(tmp_path / "mine/policy")
     assert "policy was trained with tokenizer '" in clone.run_here(root, tmp_path, "evaluate", "a/run")
 

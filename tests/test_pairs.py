@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from common import generator, pad
+import data.pairs as pairs_module
+from common import generator, pad, write_jsonl
 from conftest import naive_logprobs, tiny_gpt
 from data.pairs import encode_pairs, label_pairs, read_pairs, sampled_responses
 from data.tokenizer import Tokenizer, train_bpe
@@ -157,3 +158,37 @@ def test_sampled_responses_stay_with_their_prompts(tokenizer):
         assert text == tokenizer.decode(response)
     assert len(set(texts[:3])) == 3
     assert texts == again != other
+
+
+def test_sampled_ids_are_used_as_they_were_sampled(tokenizer):
+    """A policy may spell a word with other tokens than BPE would; what it sampled is what is trained on, <eos> or not."""
+    letters = [i for c in " bad" for i in tokenizer.encode(c)]
+    assert tokenizer.decode(letters) == " bad" and tokenizer.encode(" bad") != letters
+    rows = [{**row("a", " bad", " film"), "line": 1, "chosen_ids": letters,
+             "rejected_ids": [*tokenizer.encode(" film"), tokenizer.eos]}]
+    (pair,) = encode_pairs(rows, tokenizer, 16, "my.jsonl")
+    assert pair.chosen == letters and pair.rejected == [*tokenizer.encode(" film"), tokenizer.eos]
+
+
+@pytest.mark.parametrize("ids", [[1, 2], "abc", [10**6], [True], [-1], [1.0], None])
+def test_ids_that_do_not_say_what_the_text_says(tokenizer, ids):
+    rows = [{**row("a", " bad", " film"), "line": 4, "rejected_ids": ids}]
+    with pytest.raises(SystemExit, match="^error: my.jsonl, line 4: field 'rejected_ids'"):
+        encode_pairs(rows, tokenizer, 16, "my.jsonl")
+
+
+def test_the_pairs_file_gives_back_the_sampled_responses(tmp_path, tokenizer, monkeypatch):
+    """An untrained policy samples any bytes at all; from the file come exactly the tokens that it sampled."""
+    write_jsonl(tmp_path / "prompts_train.jsonl", [{"prompt": p} for p in ("a", "a good", "the", "the bad", "film", "made")])
+    monkeypatch.setattr(pairs_module.data, "ensure", lambda dataset: tmp_path)
+    monkeypatch.setattr(pairs_module, "SIZES", {("reviews", "cpu"): dict(prompts=6, samples=4, scale=5.0)})
+    model = tiny_gpt(vocab_size=tokenizer.vocab_size, block_size=24, n_layer=1, size=0.3)
+    path = pairs_module.ensure_pairs(tmp_path, "reviews", "cpu", "bt", model, tokenizer, "weights",
+                                     lambda prompts, texts: torch.tensor([len(text) / 100 for text in texts]))
+    rows = read_pairs(path)
+    sampled = {tuple(ids) for row in rows for ids in (row["chosen_ids"], row["rejected_ids"])}
+    pairs = encode_pairs(rows, tokenizer, 24, path)
+    assert len(pairs) == len(rows) > 30 and {tuple(ids) for pair in pairs for ids in (pair.chosen, pair.rejected)} == sampled
+    for pair in pairs:
+        for ids in (pair.chosen, pair.rejected):  # ended by <eos>, or cut where the block ends
+            assert (ids[-1] == tokenizer.eos) != (len(pair.prompt) + len(ids) == 24 and ids[-1] != tokenizer.eos)

@@ -37,9 +37,10 @@ def test_every_root_file_is_in_the_table():
 
 def test_numbers_come_from_committed_jsonl():
     """Each row `| name | reward ± se | KL ± se |` of the results says which evaluation.json it was read from."""
-    rows = re.findall(r"\| ([\d.]+) ± ([\d.]+) \| ([\d.]+) ± ([\d.]+) \|.*\[json\]\((results/[^)#]+)#([^)]+)\)", README)
+    rows = re.findall(r"\| ([\d.]+) ± ([\d.]+) \| ([\d.]+) ± ([\d.]+) \|[^\n]*\[json\]\((results/[^)#]+)#([^)]+)\)", README)
     assert rows
     for reward, reward_se, kl, kl_se, path, name in rows:
-        row = json.loads((ROOT / path).read_text())["table"][name.replace("%20", " ")]
+        evaluation = json.loads((ROOT / path).read_text())
+        row = {**evaluation.get("compared", {}), **evaluation.get("table", {})}[name.replace("%20", " ")]
         assert (reward, reward_se) == (f"{row['reward']:.3f}", f"{row['reward_se']:.3f}")
         assert (kl, kl_se) == (f"{row['kl']:.2f}", f"{row['kl_se']:.2f}")

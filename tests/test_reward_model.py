@@ -205,8 +205,8 @@ def test_the_classifier_is_trained_on_every_prefix(sft_run, labelled, tmp_path, 
 def test_accuracy_of_truncated_texts(sft_run, monkeypatch):
     """The first `words` words are what is judged; a stand-in classifier says positive where it sees "good"."""
     monkeypatch.setattr(evaluate, "classifier_logits",
-                        lambda model, tokenizer, texts: torch.tensor([1.0 if "good" in text else -1.0 for text in texts]))
+                        lambda model, tokenizer, texts, dtype: torch.tensor([1.0 if "good" in text else -1.0 for text in texts]))
     rows = [{"text": "a good film", "label": 1}, {"text": "at the end good", "label": 1}, {"text": "no", "label": 0},
             {"text": "not\nso  good", "label": 0}]
-    found = [truncated_accuracy(None, None, rows, words) for words in (1, 2, 3, "whole")]
+    found = [truncated_accuracy(None, None, rows, words, "auto") for words in (1, 2, 3, None)]
     assert found == [0.5, 0.75, 0.5, 0.75]
