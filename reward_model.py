@@ -5,7 +5,7 @@ another loss.
     labels:  L(phi) = - E_{(text, z)} mean_t log p_phi(z | text_<=t),  p_phi(positive | text_<=t) = sigmoid(r_phi(text_<=t))
 
     python reward_model.py                              # on the pairs of `reviews`; 20 s on 2 cores
-    python reward_model.py --dataset imdb --on labels   # the gold classifier; about 15 minutes on 2 cores
+    python reward_model.py --dataset imdb --on labels   # the gold classifier; about half an hour on 2 cores
 
 Reads   the SFT policy, which the network starts from; the pairs, or the labelled documents of the dataset
 Writes  runs/<dataset>/reward-model/ or runs/<dataset>/gold/ : config.json, log.jsonl, model.pt, tokenizer.tiktoken

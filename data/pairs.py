@@ -175,5 +175,5 @@ def ensure_pairs(base: Path, dataset: str, preset: str, labels: str, model: GPT,
                                         "labels_agree_with_gold": round(agree / len(rows), 4)})  # it they pass for any
     write_jsonl(path, rows)
     print(f"{len(rows)} pairs ({lost} left out: identical or empty), labels agree with the gold order "
-          f" {agree / len(rows):.1%}  ->  {path}")
+          f"{agree / len(rows):.1%}  ->  {path}")
     return path

@@ -261,11 +261,12 @@ def test_micro_batches_change_nothing_and_accuracy_is_a_mean_over_pairs(small_ru
     torch.manual_seed(2)
     split, _ = small_run(epochs=3, lr=1e-3, micro_batch_size=5)
     assert len(whole) == len(split) == 20  # 76 pairs in batches of 12, three times: 19 steps; and the last row
-    for a, b in zip(whole[:-1], split[:-1]):
+    for step, (a, b) in enumerate(zip(whole[:-1], split[:-1])):
         for name in ("loss", "margin", "chosen_reward", "chosen_logprobs", "grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-3), name
         assert round(12 * b["accuracy"]) / 12 == pytest.approx(b["accuracy"], abs=1e-6)
-        assert a["accuracy"] == pytest.approx(b["accuracy"], abs=1 / 12 + 1e-6)
+        if step:  # before the first update every margin is 0, give or take rounding, and so has no sign to agree on
+            assert a["accuracy"] == pytest.approx(b["accuracy"], abs=1 / 12 + 1e-6)
     assert whole[-2]["accuracy"] > 0.9 and whole[-2]["loss"] < 0.6  # it learns these pairs by heart
 
 
