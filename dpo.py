@@ -111,7 +111,7 @@ def train(config: Config) -> Path:
     gold = reward_model.ensure_gold(sft_folder, config.dataset, config.preset, config.dtype)
     path = config.pairs or ensure_pairs(base, config.dataset, config.preset, config.labels, ref, tokenizer, weights, gold)
     pairs = pairs or encode_pairs(read_pairs(path), tokenizer, ref.config.block_size, path)
-    held = len(pairs) // 20  # the last pairs, of prompts that are not trained on, measure the implicit reward
+    held = len(pairs) // 20  # the last pairs measure the implicit reward; their prompts (but one) are not trained on
     # one row holds a chosen response, and the row `len(pairs)` further on its rejected one
     tokens, lengths = pad([p.prompt + p.chosen for p in pairs] + [p.prompt + p.rejected for p in pairs], tokenizer.pad)
     prompt_lengths = torch.tensor([len(p.prompt) for p in pairs] * 2)

@@ -123,7 +123,7 @@ def train(config: Config) -> Path:
         path = config.pairs or ensure_pairs(sft_folder.parent, config.dataset, config.preset, config.labels, policy,
                                             tokenizer, weights, gold)
         pairs = encode_pairs(own_pairs or read_pairs(path), tokenizer, block_size, path)
-        n, held = len(pairs), len(pairs) // 20  # the last pairs, of prompts that are not trained on
+        n, held = len(pairs), len(pairs) // 20  # the last pairs; their prompts (but one) are not trained on
         tokens, lengths = pad([p.prompt + p.chosen for p in pairs] + [p.prompt + p.rejected for p in pairs], tokenizer.pad)
         sizes = torch.maximum(*lengths.view(2, -1))[:n - held]
     else:

@@ -36,6 +36,12 @@ def make(root: Path) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A copy for the tests of one file."""
+    return make(tmp_path_factory.mktemp("clone"))
+
+
 def prepare(root: Path, labels: bool = True) -> None:
     """data/reviews/prepared/ of the copy: 300 documents, with labels as the gold classifier needs them."""
     def write(folder: Path) -> dict:

@@ -27,16 +27,12 @@ import reward_model
 import sft
 from data.tokenizer import Tokenizer
 from model import load_run
+from clone import root  # noqa: F401  (a fixture)
 from test_faults import tree
 
 ALGORITHMS = {"sft": sft, "reward_model": reward_model, "dpo": dpo}
 SOURCES = [*clone.ROOT.glob("*.py"), *clone.ROOT.glob("data/*.py"), *clone.ROOT.glob("data/*/*.py")]
 ROW = {"prompt": "The film was", "chosen": " good.", "rejected": " bad."}
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return clone.make(tmp_path_factory.mktemp("clone"))
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ import pytest
 import torch
 
 import clone
+from clone import root  # noqa: F401  (a fixture)
 import common
 import data
 import dpo
@@ -36,11 +37,6 @@ STAGES = {"sft": clone.TINY,
           "dpo": "--sft {work}/runs/reviews/sft --pairs {work}/pairs.jsonl --batch-size 4 --epochs 12".split()}
 SCRIPT = {"gold": "reward_model"}  # the script of a stage, where it has another name
 EVERY_STEP = ("--checkpoint-every", "0")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return clone.make(tmp_path_factory.mktemp("clone"))
 
 
 @pytest.fixture(scope="module")
