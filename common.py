@@ -348,7 +348,7 @@ class Run:
     A folder whose config.json differs stops with the names of the settings that differ, and so does an unfinished run
     that was not asked to resume: nothing is overwritten that somebody may still want.
     """
-    IGNORED = ("resume", "out", "checkpoint_every", "dtype", "compile", "micro_batch_size")  # rounding at most
+    IGNORED = ("resume", "out", "checkpoint_every", "evaluate_every", "dtype", "compile", "micro_batch_size")  # rounding at most
 
     def __init__(self, config: Any, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer],
                  built_from: dict):
@@ -363,6 +363,7 @@ class Run:
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
             self.step = state["step"]
+            self.started -= state["seconds"]
             print(f"resuming {self.folder} at step {self.step}")
             if (self.folder / "log.jsonl").exists():  # rows after the checkpoint will be written again
                 text = (self.folder / "log.jsonl").read_text().splitlines()
@@ -396,7 +397,7 @@ class Run:
     def checkpoint(self, step: int) -> None:
         """After `step` steps are done: save if it is time to, and stop here if Ctrl-C was pressed."""
         if self._interrupted or time.time() - self._saved >= self.config.checkpoint_every:
-            save_checkpoint(self.checkpoint_path, {"model": self.model.state_dict(), "step": step,
+            save_checkpoint(self.checkpoint_path, {"model": self.model.state_dict(), "step": step, "seconds": self.seconds(),
                                                    "optimizers": [o.state_dict() for o in self.optimizers]})
             self._saved = time.time()
             if self._interrupted:
@@ -404,14 +405,18 @@ class Run:
                 raise SystemExit(130)
 
     def seconds(self) -> float:
-        """Since this process began the run; a resumed run counts its last part only."""
+        """Of training: of all the parts of a run that was resumed, without what was spent on evaluating on the way."""
         return round(time.time() - self.started, 1)
 
-    def finish(self, **extra: Any) -> None:
-        """Write model.pt (weights and what describes them) and drop the checkpoints, which it replaces."""
+    def finish(self, model: torch.nn.Module | None = None, **extra: Any) -> None:
+        """Write model.pt (weights and what describes them) and drop the checkpoints, which it replaces.
+
+        Args:
+            model: the one to keep, where more was trained than what is kept (PPO's value network is not).
+        """
         signal.signal(signal.SIGINT, signal.default_int_handler)
         self._log.close()
-        weights = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
+        weights = {name: tensor.cpu() for name, tensor in (model or self.model).state_dict().items()}
         atomic_write(self.folder / "model.pt", lambda file: torch.save({"model": weights, **extra}, file))
         for path in (self.checkpoint_path, self.checkpoint_path.with_suffix(".prev.pt"),
                      *self.folder.glob(".*.tmp")):  # these, a kill in the middle of a write has left

@@ -46,7 +46,10 @@ class Config:
     preset: str = "cpu"  # defaults for a machine: cpu, or gpu (imdb)
     beta: float = 0.1  # weight of the KL to the reference: small = far from it, large = close to it
     label_smoothing: float = 0.0  # the chance that a label is wrong, if you believe so (cDPO); below 0.5
+    loss: Literal["dpo", "unlikelihood"] = "dpo"  # unlikelihood: the paper's baseline, without a reference; ignores beta
+    alpha: float = 0.5  # weight of the rejected response in the unlikelihood loss
     labels: Literal["bt", "argmax"] = "bt"  # who wins: drawn from Bradley-Terry, or always the better (the paper, IMDb)
+    prompts: int = 0  # prompts to sample the pairs for, six pairs each; 0 = as many as the preset says
     pairs: str = ""  # your own pairs, a JSON-lines file, in place of sampled ones
     sft: str = ""  # run folder of the SFT policy, if not runs/<dataset>/sft
     out: str = ""  # run folder, if not dpo-beta<beta>-seed<seed> beside the SFT policy
@@ -59,6 +62,7 @@ class Config:
     seed: int = 0  # order of the pairs
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; auto = bfloat16 on CUDA only
     compile: bool = False  # torch.compile the model
+    evaluate_every: int = 0  # steps between evaluations on the test prompts; 0 = only at the end
     checkpoint_every: float = 60.0  # seconds between checkpoints
     resume: bool = False  # go on from the last checkpoint
 
@@ -67,11 +71,13 @@ class Config:
 
     def __post_init__(self) -> None:
         require_numbers(self, above_0="beta epochs batch_size lr warmup max_grad_norm",
-                        from_0="micro_batch_size seed checkpoint_every")
+                        from_0="alpha prompts micro_batch_size seed evaluate_every checkpoint_every")
         require(0 <= self.label_smoothing < 0.5, f"--label-smoothing {self.label_smoothing}: must be in [0, 0.5)")
         base = Path(self.sft).parent if self.sft else runs_folder(self.dataset, self.preset)
         labels = "-own" if self.pairs else "-argmax" if self.labels == "argmax" and self.dataset == "reviews" else ""
-        self.out = self.out or str(base / f"dpo{labels}-beta{self.beta:g}-seed{self.seed}")
+        labels += f"-{self.prompts}" if self.prompts else ""
+        weight = f"beta{self.beta:g}" if self.loss == "dpo" else f"alpha{self.alpha:g}"
+        self.out = self.out or str(base / f"{self.loss}{labels}-{weight}-seed{self.seed}")
 
 
 def dpo_loss(chosen_logprobs: torch.Tensor, rejected_logprobs: torch.Tensor, ref_chosen_logprobs: torch.Tensor,
@@ -96,6 +102,14 @@ def dpo_loss(chosen_logprobs: torch.Tensor, rejected_logprobs: torch.Tensor, ref
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
+def unlikelihood_loss(chosen_logprobs: torch.Tensor, rejected_logprobs: torch.Tensor, alpha: float) -> torch.Tensor:
+    """-log pi(y_w|x) + alpha log pi(y_l|x) of each pair, (B,): the paper's Unlikelihood baseline (sections 6, C.3).
+
+    No reference and no sigmoid: nothing stops the second term, which has no lower bound.
+    """
+    return -chosen_logprobs + alpha * rejected_logprobs
+
+
 def train(config: Config) -> Path:
     """Build what is missing, train, evaluate, and return the run folder."""
     # ---- 1) the reference policy, the gold reward and the pairs ------------------------------------------------------
@@ -109,7 +123,9 @@ def train(config: Config) -> Path:
     weights = fingerprint(ref.state_dict())
     pairs = encode_pairs(own_pairs, tokenizer, ref.config.block_size, config.pairs) if own_pairs else []
     gold = reward_model.ensure_gold(sft_folder, config.dataset, config.preset, config.dtype)
-    path = config.pairs or ensure_pairs(base, config.dataset, config.preset, config.labels, ref, tokenizer, weights, gold)
+    path = config.pairs or ensure_pairs(base, config.dataset, config.preset, config.labels, ref, tokenizer, weights, gold,
+                                        config.prompts)
+    bank = evaluate.ensure_bank(base, config.dataset, config.preset, ref, tokenizer, weights, gold)
     pairs = pairs or encode_pairs(read_pairs(path), tokenizer, ref.config.block_size, path)
     held = len(pairs) // 20  # the last pairs measure the implicit reward; their prompts (but one) are not trained on
     # one row holds a chosen response, and the row `len(pairs)` further on its rejected one
@@ -137,8 +153,12 @@ def train(config: Config) -> Path:
             return forward(policy, *(x[rows].to(device()) for x in (tokens, prompt_lengths, lengths))).sum(1).view(2, -1)
 
     # ---- 4) train ----------------------------------------------------------------------------------------------------
-    bar = tqdm(range(run.step, steps), f"DPO beta {config.beta:g}, {train_pairs} pairs", steps, initial=run.step)
+    dpo = config.loss == "dpo"
+    name = f"DPO beta {config.beta:g}" if dpo else f"Unlikelihood alpha {config.alpha:g}"
+    bar = tqdm(range(run.step, steps), f"{name}, {train_pairs} pairs", steps, initial=run.step)
     for step in bar:
+        if config.evaluate_every and step % config.evaluate_every == 0:
+            evaluate.along(run, step, policy, ref, tokenizer, bank, gold)
         for group in optimizer.param_groups:  # linear warm-up, then linear to 0
             group["lr"] = config.lr * min((step + 1) / config.warmup, 1 - step / steps)
         batch = next(order)
@@ -148,6 +168,8 @@ def train(config: Config) -> Path:
             chosen, rejected = logprobs_of(rows)
             losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta,
                                                                 config.label_smoothing)
+            if not dpo:
+                losses = unlikelihood_loss(chosen, rejected, config.alpha)
             (losses.sum() / len(batch)).backward()
             parts.append(torch.stack([losses.detach(), (chosen_rewards > rejected_rewards).float(), chosen_rewards,
                                       rejected_rewards, chosen.detach(), rejected.detach()]))
@@ -163,6 +185,9 @@ def train(config: Config) -> Path:
             bar.set_postfix_str(f"loss {values['loss']:.3f}, accuracy {values['accuracy']:.2f}")
         run.checkpoint(step + 1)
 
+    if config.evaluate_every:
+        evaluate.along(run, steps, policy, ref, tokenizer, bank, gold)
+
     # ---- 5) held-out pairs, gold reward and KL on test prompts, samples, figure --------------------------------------
     policy.eval()
     result = {"step": steps, "seconds": run.seconds()}
@@ -176,18 +201,8 @@ def train(config: Config) -> Path:
     run.log(**result)
     tokenizer.save(run.folder / "tokenizer.tiktoken")
     run.finish(kind="GPT", architecture=asdict(policy.config), dataset=config.dataset, tokenizer=tokenizer.fingerprint)
-    bank = evaluate.ensure_bank(base, config.dataset, config.preset, ref, tokenizer, weights, gold)
-    name = f"DPO beta {config.beta:g}"
-    sampled = evaluate.sample_policy(policy, ref, tokenizer, bank.prompts, gold)
-    scale = label_scale(config.dataset, config.preset) if config.labels == "bt" and not config.pairs else None
-    rows = evaluate.summary(bank, {name: sampled}, config.beta / scale if scale else None)
-    evaluate.print_table(rows)
-    evaluate.print_samples(bank, sampled)
-    write_json(run.folder / "evaluation.json", {**result, "table": rows})
-    write_jsonl(run.folder / "samples.jsonl", ({"prompt": prompt, "before": before[0], "before_reward": r0, "after": after[0],
-                                                "after_reward": r1} for prompt, before, r0, after, r1 in
-                                               zip(bank.prompts, bank.responses, bank.rewards[:, 0].tolist(),
-                                                   sampled.responses, sampled.rewards[:, 0].tolist())))
+    scale = label_scale(config.dataset, config.preset) if dpo and config.labels == "bt" and not config.pairs else None
+    rows = evaluate.report(run.folder, name, policy, ref, tokenizer, bank, gold, config.beta / scale if scale else None, result)
     draw(run.rows, bank, rows, run.folder / "figure.png")
     print(f"\nfigure, log, samples and model  ->  {run.folder}")
     return run.folder

@@ -22,13 +22,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
 import torch
 
-from common import (Parser, autocast, compare_settings, device, fail, fingerprint, read_json, read_jsonl, write_json,
+from common import (Parser, Run, autocast, compare_settings, device, fail, fingerprint, read_json, read_jsonl, write_json,
                     write_jsonl)
 from data import ensure as ensure_data
 from data.pairs import sampled_responses
@@ -36,7 +37,7 @@ from data.tokenizer import Tokenizer
 from model import GPT, ScalarModel, load_run, summed_logprobs
 
 # (dataset, preset): test prompts, and bank responses for each
-SIZES = {("reviews", "cpu"): (128, 64), ("imdb", "cpu"): (256, 64), ("imdb", "gpu"): (512, 256)}
+SIZES = {("reviews", "cpu"): (128, 256), ("imdb", "cpu"): (256, 64), ("imdb", "gpu"): (512, 256)}
 SAMPLES = 4  # responses a prompt of the policy that is evaluated
 BANK_SEED, EVAL_SEED = 2000, 3000
 MIN_ESS = 5.0  # the optimal curve stops where fewer samples than this carry the weight
@@ -207,6 +208,19 @@ def sample_policy(policy: GPT, ref: GPT, tokenizer: Tokenizer, prompts: list[str
                   [texts[i:i + samples] for i in range(0, len(texts), samples)])
 
 
+def measure(policy: GPT, ref: GPT, tokenizer: Tokenizer, bank: Bank, gold: GoldReward) -> dict:
+    """Gold reward, KL and length of a policy on the bank's prompts, each with its standard error."""
+    sampled = sample_policy(policy, ref, tokenizer, bank.prompts, gold)
+    return row(sampled.rewards.mean(1), sampled.kl.mean(1), sampled.lengths.float().mean(1))
+
+
+def along(run: Run, step: int, *measured) -> None:
+    """Log what `measure` finds after `step` steps of training, as eval_reward, eval_kl, ...; its time is not the method's."""
+    started = time.time()
+    run.log(step=step, **{f"eval_{name}": value for name, value in measure(*measured).items()})
+    run.started += time.time() - started
+
+
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 def summary(bank: Bank, policies: dict[str, Policy], end_beta: float | None = None) -> dict[str, dict]:
@@ -270,6 +284,24 @@ def win_rate(a: torch.Tensor, b: torch.Tensor) -> float:
     """
     difference = a[:, :, None] - b[:, None, :]
     return ((difference > 0).float() + 0.5 * (difference == 0).float()).mean().item()
+
+
+def report(folder: Path, name: str, policy: GPT, ref: GPT, tokenizer: Tokenizer, bank: Bank, gold: GoldReward,
+           end_beta: float | None, result: dict) -> dict[str, dict]:
+    """What every method ends with: the table and some samples, printed, and evaluation.json and samples.jsonl, written.
+
+    Returns the table's rows.
+    """
+    sampled = sample_policy(policy, ref, tokenizer, bank.prompts, gold)
+    rows = summary(bank, {name: sampled}, end_beta)
+    print_table(rows)
+    print_samples(bank, sampled)
+    write_json(folder / "evaluation.json", {**result, "name": name, "table": rows})
+    write_jsonl(folder / "samples.jsonl", ({"prompt": prompt, "before": before[0], "before_reward": r0, "after": after[0],
+                                            "after_reward": r1} for prompt, before, r0, after, r1 in
+                                           zip(bank.prompts, bank.responses, bank.rewards[:, 0].tolist(),
+                                               sampled.responses, sampled.rewards[:, 0].tolist())))
+    return rows
 
 
 def print_table(rows: dict[str, dict]) -> None:

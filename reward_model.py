@@ -42,6 +42,7 @@ class Config:
     preset: str = "cpu"  # defaults for a machine: cpu, or gpu (imdb)
     on: Literal["pairs", "labels"] = "pairs"  # pairwise reward model, or gold classifier of labelled documents
     labels: Literal["bt", "argmax"] = "bt"  # which sampled pairs: winners drawn from Bradley-Terry, or always the better
+    prompts: int = 0  # prompts to sample the pairs for, six pairs each; 0 = as many as the preset says
     pairs: str = ""  # your own pairs, a JSON-lines file, in place of sampled ones
     sft: str = ""  # run folder of the SFT policy, if not runs/<dataset>/sft
     out: str = ""  # run folder, if not reward-model (or gold) beside the SFT policy
@@ -68,11 +69,12 @@ class Config:
 
     def __post_init__(self) -> None:
         require_numbers(self, above_0="epochs batch_size lr warmup max_grad_norm",
-                        from_0="block_size micro_batch_size weight_decay seed checkpoint_every")
+                        from_0="prompts block_size micro_batch_size weight_decay seed checkpoint_every")
         require(self.block_size == 0 or self.block_size > 2, f"--block-size {self.block_size}: must be 0 or > 2")
         require(self.on == "pairs" or not self.pairs, "--pairs: needs --on pairs")
         base = Path(self.sft).parent if self.sft else runs_folder(self.dataset, self.preset)
-        self.out = self.out or str(base / ("reward-model" if self.on == "pairs" else "gold"))
+        size = f"-{self.prompts}" if self.prompts else ""
+        self.out = self.out or str(base / (f"reward-model{size}" if self.on == "pairs" else "gold"))
 
 
 def reward_loss(chosen_scores: torch.Tensor, rejected_scores: torch.Tensor) -> torch.Tensor:
@@ -121,7 +123,7 @@ def train(config: Config) -> Path:
     if config.on == "pairs":
         gold = None if config.pairs else ensure_gold(sft_folder, config.dataset, config.preset, config.dtype)
         path = config.pairs or ensure_pairs(sft_folder.parent, config.dataset, config.preset, config.labels, policy,
-                                            tokenizer, weights, gold)
+                                            tokenizer, weights, gold, config.prompts)
         pairs = encode_pairs(own_pairs or read_pairs(path), tokenizer, block_size, path)
         n, held = len(pairs), len(pairs) // 20  # the last pairs; their prompts (but one) are not trained on
         tokens, lengths = pad([p.prompt + p.chosen for p in pairs] + [p.prompt + p.rejected for p in pairs], tokenizer.pad)

@@ -15,6 +15,7 @@ document and in bits per byte, which compares across tokenizers.
 """
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,11 +25,11 @@ import torch
 from tqdm import tqdm
 
 import data
+import evaluate
 from common import (Run, autocast, batches, check_folder, defaults, device, fail, fingerprint, finished, pad, parse,
                     read_jsonl, require, require_numbers, runs_folder, sha256, warmup_cosine)
 from data.pairs import encode_pairs, read_pairs
 from data.tokenizer import Tokenizer
-from evaluate import check_same_task
 from model import GPT, GPTConfig, GPT2_NAMES, from_pretrained, load_run, pretrained_folder, response_logprobs, summed_logprobs
 
 
@@ -55,6 +56,7 @@ class Config:
     seed: int = 0  # initial weights and order of the documents
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; auto = bfloat16 on CUDA only
     compile: bool = False  # torch.compile the model
+    evaluate_every: int = 0  # --on chosen: steps between evaluations on the test prompts; 0 = only at the end
     checkpoint_every: float = 60.0  # seconds between checkpoints
     resume: bool = False  # go on from the last checkpoint
 
@@ -68,9 +70,10 @@ class Config:
 
     def __post_init__(self) -> None:
         require_numbers(self, above_0="n_layer n_head n_embd batch_size steps lr warmup max_grad_norm",
-                        from_0="micro_batch_size weight_decay seed checkpoint_every")
+                        from_0="micro_batch_size weight_decay seed evaluate_every checkpoint_every")
         require(self.block_size > 2, f"--block-size {self.block_size}: must be > 2")
         require(self.on == "chosen" or not self.pairs, "--pairs: needs --on chosen")
+        require(self.on == "chosen" or not self.evaluate_every, "--evaluate-every: needs --on chosen")
         runs = runs_folder(self.dataset, self.preset)
         self.out = self.out or str(runs / ("sft" if self.on == "documents" else "preferred-ft"))
         if self.on == "chosen":
@@ -114,7 +117,7 @@ def train(config: Config) -> Path:
     if config.init and (Path(config.init) / "log.jsonl").exists():  # a run of ours
         model, meta = load_run(config.init)
         tokenizer = Tokenizer.load(Path(config.init) / "tokenizer.tiktoken")
-        check_same_task(config.init, meta, {"tokenizer": tokenizer.fingerprint})
+        evaluate.check_same_task(config.init, meta, {"tokenizer": tokenizer.fingerprint})
     elif config.init:
         if config.init not in GPT2_NAMES and not Path(config.init).is_dir():
             fail(f"--init {config.init}: no finished run, no folder, and not one of {', '.join(GPT2_NAMES)}")
@@ -142,6 +145,11 @@ def train(config: Config) -> Path:
     held_tokens, held_lengths = pad(held_rows[:1000], tokenizer.pad)
     held_prompt_lengths = torch.tensor(held_prompts[:1000])
 
+    if config.evaluate_every:  # the reference is the policy that Preferred-FT starts from
+        base, ref = Path(config.init).parent, copy.deepcopy(model).eval()
+        gold = evaluate.gold_reward(config.dataset, base)
+        bank = evaluate.ensure_bank(base, config.dataset, config.preset, ref, tokenizer, fingerprint(ref.state_dict()), gold)
+
     # ---- 2) optimizer and run folder ---------------------------------------------------------------------------------
     optimizers = optimizers_for(model, config.lr, config.weight_decay)
     built_from = {"tokenizer": tokenizer.fingerprint, "rows": len(rows)}
@@ -157,6 +165,8 @@ def train(config: Config) -> Path:
     size = sum(p.numel() for p in model.parameters()) / 1e6
     bar = tqdm(range(run.step, config.steps), f"SFT {size:.1f}M on {config.dataset}", config.steps, initial=run.step)
     for step in bar:
+        if config.evaluate_every and step % config.evaluate_every == 0:
+            evaluate.along(run, step, model, ref, tokenizer, bank, gold)
         lr = config.lr * warmup_cosine(step, config.steps, config.warmup)
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = lr
@@ -184,6 +194,8 @@ def train(config: Config) -> Path:
 
     # ---- 4) held-out loss, and the model -----------------------------------------------------------------------------
     result = held_out(model.eval(), held_tokens, held_prompt_lengths, held_lengths, tokenizer, config.dtype)
+    if config.evaluate_every:
+        evaluate.along(run, config.steps, model, ref, tokenizer, bank, gold)
     run.log(step=config.steps, seconds=run.seconds(), **result)
     tokenizer.save(run.folder / "tokenizer.tiktoken")
     run.finish(kind="GPT", architecture=asdict(model.config), dataset=config.dataset, tokenizer=tokenizer.fingerprint)

@@ -138,20 +138,26 @@ def sampled_responses(model: GPT, tokenizer: Tokenizer, prompts: list[str], samp
 
 
 def ensure_pairs(base: Path, dataset: str, preset: str, labels: str, model: GPT, tokenizer: Tokenizer, weights: str,
-                 gold: Callable[[list[str], list[str]], torch.Tensor]) -> Path:
+                 gold: Callable[[list[str], list[str]], torch.Tensor], count: int = 0) -> Path:
     """The pairs file of a runs folder; sampled from `model`, labelled by `gold` and written if it is missing.
 
     Beside its text a response has its ids, with the <eos> that ended it or without: a text can be written with other
     tokens than BPE would choose, and a small model trained on varied text does so in a quarter of its long responses.
+
+    Args:
+        count: prompts to sample for, if not as many as SIZES says; then the folder's name has the number.
     """
-    size = SIZES.get((dataset, preset), SIZES["reviews", "cpu"])
-    folder = base / f"pairs-{labels}"
+    size = dict(SIZES.get((dataset, preset), SIZES["reviews", "cpu"]))
+    size["prompts"] = count or size["prompts"]
+    folder = base / (f"pairs-{labels}-{count}" if count else f"pairs-{labels}")
     settings = {"dataset": dataset, "labels": labels, **size, "seed": SEED, "policy": weights}
     compare_settings(folder, settings, f"delete {folder} to make the pairs again")
     path = folder / "pairs.jsonl"
     if path.exists():
         return path
     prompts = [row["prompt"] for row in read_jsonl(data.ensure(dataset) / "prompts_train.jsonl", {"prompt": str})]
+    if size["prompts"] > len(prompts) and count:
+        fail(f"--prompts {count}: data/{dataset} has {len(prompts)} training prompts")
     prompts = [prompts[i] for i in torch.randperm(len(prompts), generator=generator(SEED, 1))[:size["prompts"]].tolist()]
     parts, texts = sampled_responses(model, tokenizer, prompts, size["samples"], SEED,
                                      description=f"pairs: {size['samples']} responses to {len(prompts)} prompts")

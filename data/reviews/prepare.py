@@ -24,7 +24,7 @@ from data.reviews.grammar import sample_review  # noqa: E402
 from data.tokenizer import train_bpe  # noqa: E402
 
 OUT = Path(__file__).resolve().parent / "prepared"
-TRAIN, TEST, PROMPTS_TRAIN, PROMPTS_TEST, VOCAB_SIZE, SEED = 20_000, 1_000, 4_000, 512, 1024, 0
+TRAIN, TEST, PROMPTS_TRAIN, PROMPTS_TEST, VOCAB_SIZE, SEED = 20_000, 1_000, 20_000, 512, 1024, 0
 
 
 def first_words(text: str, rng: random.Random) -> str:

@@ -1,0 +1,347 @@
+"""The figure that was never released: gold reward against KL for every method of the DPO paper's Figure 2 (left), with the
+exact optimum above them.
+
+    python frontier.py --quick                 # one seed of a few settings; 10 minutes on 2 cores, from nothing
+    python frontier.py                         # `reviews`: the whole grid, 3 seeds; an hour and a half on 2 cores
+    python frontier.py --dataset imdb          # the paper's task; hours on a CPU, in pieces: stop it and start it again
+
+Every run is a plain command (`python dpo.py ...`), printed as it starts, in a process of its own: on a CPU one for each
+core with one thread each, which is faster than one run on all of them. A run that is finished is not run again, one that
+was stopped goes on from its checkpoint, one that was made with other settings stops the sweep and is named.
+
+Every policy is evaluated along its training on held-out prompts. A method's reward at a given KL: each run's points are
+joined to a path, the path is read where it last crosses that KL, seeds are averaged, and the best setting counts; the
+standard error is over seeds. Choosing the best of several settings on the prompts it is reported for flatters each method
+by about a standard error; the settings are the same for all seeds, and every method has several.
+
+Reads   what the scripts need, all built if it is missing
+Writes  runs/<dataset>/frontier/ : the runs, results.jsonl (one row an evaluation), table.md, frontier.png, frontier.svg
+"""
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+
+import dpo
+import evaluate
+import ppo
+import reward_model
+import sft
+from common import (ROOT, atomic_write, defaults, device, fail, finished, fingerprint, parse, read_json, read_jsonl, require_numbers, runs_folder, write_jsonl)
+from data.pairs import ensure_pairs
+from data.tokenizer import Tokenizer
+from model import load_run
+
+# steps between evaluations: (imdb or not, script)
+EVERY = {(False, "sft"): 25, (False, "dpo"): 25, (False, "ppo"): 5, (True, "sft"): 100, (True, "dpo"): 100, (True, "ppo"): 10}
+KLS = (1.0, 2.0, 4.0, 8.0)  # nats at which the table reads every method
+
+
+@dataclass
+class Config:
+    dataset: str = "reviews"  # a folder of data/
+    preset: str = "cpu"  # defaults for a machine: cpu, or gpu (imdb)
+    quick: bool = False  # one seed of a few settings
+    seeds: int = 3  # runs of every setting
+    workers: int = 0  # runs side by side; 0 = one for each core, or one on CUDA
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; auto = bfloat16 on CUDA only
+    sft: str = ""  # run folder of the SFT policy, if not runs/<dataset>/sft
+    out: str = ""  # folder of the sweep, if not frontier beside the SFT policy
+
+    PRESETS: ClassVar[dict] = {("imdb", "cpu"): dict(seeds=1), ("imdb", "gpu"): {}}
+
+    def __post_init__(self) -> None:
+        require_numbers(self, above_0="seeds", from_0="workers")
+        base = Path(self.sft).parent if self.sft else runs_folder(self.dataset, self.preset)
+        self.out = self.out or str(base / ("frontier-quick" if self.quick else "frontier"))
+
+
+# The paper's grid (section 6.1): beta of DPO, alpha of Unlikelihood, target KL of PPO; extended downwards, to where the
+# optimum lives. What stands last is what --quick runs.
+GRID = {
+    "Preferred-FT": (sft, [dict()], [dict()]),
+    "Unlikelihood": (dpo, [dict(loss="unlikelihood", alpha=a) for a in (0.05, 0.1, 0.5, 1.0)], [dict(loss="unlikelihood", alpha=0.5)]),
+    "DPO": (dpo, [dict(beta=b) for b in (0.05, 0.1, 0.3, 1.0, 5.0)], [dict(beta=b) for b in (0.1, 1.0)]),
+    "PPO": (ppo, [dict(reward="model", target_kl=k) for k in (1, 2, 3, 6, 9, 12)], [dict(reward="model", target_kl=k) for k in (1, 3)]),
+    "PPO-GT": (ppo, [dict(reward="gold", target_kl=k) for k in (1, 2, 3, 6, 9, 12)], [dict(reward="gold", target_kl=k) for k in (1, 3)]),
+}
+
+
+class Planned(NamedTuple):
+    method: str
+    setting: str  # "beta 0.1"
+    seed: int
+    script: str
+    config: Any  # the script's Config
+
+    def command(self) -> list[str]:
+        """What a user would type: the settings that differ from the defaults of this dataset and preset."""
+        on = {"on": self.config.on} if hasattr(self.config, "on") else {}
+        default, flags = defaults(type(self.config), self.config.dataset, self.config.preset, **on), []
+        for field in fields(self.config):
+            value = getattr(self.config, field.name)
+            if value != getattr(default, field.name) or field.name in ("on", "out", "dataset") and value != field.default:
+                flags += ["--" + field.name.replace("_", "-")] + ([] if value is True else [str(value)])
+        return [f"{self.script}.py", *flags]
+
+
+def plan(config: Config, base: Path) -> list[Planned]:
+    """Every run of the sweep; all settings with the first seed come first."""
+    planned = []
+    for seed in range(1 if config.quick else config.seeds):
+        for method, (module, whole, quick) in GRID.items():
+            for settings in quick if config.quick else whole:
+                setting = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in settings.items()
+                                    if not isinstance(value, str)) or "default"
+                folder = Path(config.out) / f"{method}-{setting}-seed{seed}".lower().replace(", ", "-").replace(" ", "")
+                more = dict(on="chosen", init=str(base / "sft")) if module is sft else dict(sft=config.sft)
+                planned.append(Planned(method, setting, seed, module.__name__, defaults(
+                    module.Config, config.dataset, config.preset, **settings, **more, seed=seed, dtype=config.dtype, resume=True,
+                    evaluate_every=EVERY[config.dataset == "imdb", module.__name__], out=str(folder))))
+    return planned
+
+
+def die_with_parent() -> None:
+    """In a child, on Linux: a sweep that is killed must not leave runs behind that its next start would run into."""
+    try:
+        ctypes.CDLL("libc.so.6").prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    except (OSError, AttributeError):
+        pass
+
+
+def run_all(planned: list[Planned], workers: int, folder: Path) -> None:
+    """Run what is not finished, `workers` at a time. Ctrl-C lets every run write its checkpoint first."""
+    left = [p for p in planned if not finished(p.config)]
+    threads = 1 if device().type == "cpu" and workers > 1 else torch.get_num_threads()
+    running: dict[subprocess.Popen, tuple[Planned, Path]] = {}
+    started, total = time.time(), len(left)
+    print(f"{len(planned)} runs, {len(planned) - total} of them there; {workers} at a time")
+    try:
+        while left or running:
+            while left and len(running) < workers:
+                run, output = left[0], folder / "output" / f"{Path(left[0].config.out).name}.txt"
+                output.parent.mkdir(parents=True, exist_ok=True)
+                print(f"[{len(planned) - len(left) + 1}/{len(planned)}, {(time.time() - started) / 60:.0f} min] python "
+                      + shlex.join(run.command()), flush=True)
+                with open(output, "wb") as file:
+                    process = subprocess.Popen([sys.executable, ROOT / run.command()[0], *run.command()[1:]], stdout=file,
+                                               stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+                                               env={**os.environ, "OMP_NUM_THREADS": str(threads)}, preexec_fn=die_with_parent)
+                running[process] = left.pop(0), output
+            time.sleep(0.2)
+            for process in [p for p in running if p.poll() is not None]:
+                run, output = running.pop(process)
+                if process.returncode:
+                    lines = output.read_text(errors="replace").replace("\r", "\n").strip().splitlines()
+                    fail(f"python {shlex.join(run.command())}: {lines[-1] if lines else process.returncode} (all of it: {output})")
+    finally:  # a run that failed, or Ctrl-C: the others write their checkpoints and stop
+        for process in running:
+            process.send_signal(signal.SIGINT)
+        for process in running:
+            process.wait()
+
+
+# ---- what came of it ---------------------------------------------------------------------------------------------------
+
+def collect(planned: list[Planned], weights: str) -> list[dict]:
+    """One row an evaluation of every run: method, setting, seed, step, and what was measured."""
+    rows = []
+    for run in planned:
+        folder = Path(run.config.out)
+        built_from = read_json(folder / "config.json")["built_from"]
+        if built_from.get("sft", built_from.get("init")) != weights:
+            fail(f"{folder} was made from another SFT policy: delete it")
+        log = read_jsonl(folder / "log.jsonl", {"step": int})
+        cost = next(row for row in reversed(log) if "seconds" in row)
+        rows += [{"method": run.method, "setting": run.setting, "seed": run.seed, "step": row["step"],
+                  **{name.removeprefix("eval_"): value for name, value in row.items() if name.startswith("eval_")},
+                  "last": row["step"] == cost["step"], "seconds": cost["seconds"], "samples": cost.get("samples", 0),
+                  "reward_calls": cost.get("reward_calls", 0)} for row in log if "eval_reward" in row]
+    return rows
+
+
+def reward_at(path: list[dict], kl: float) -> float | None:
+    """The reward of one run at this KL: on the line between the two evaluations between which it was last crossed."""
+    for a, b in reversed(list(zip(path, path[1:]))):
+        if min(a["kl"], b["kl"]) <= kl <= max(a["kl"], b["kl"]) and a["kl"] != b["kl"]:
+            return a["reward"] + (b["reward"] - a["reward"]) * (kl - a["kl"]) / (b["kl"] - a["kl"])
+    return None
+
+
+def mean_se(values: list[float]) -> tuple[float, float]:
+    """Mean and standard error over seeds; one seed has no error."""
+    x = torch.tensor(values, dtype=torch.float64)
+    return x.mean().item(), (x.std() / math.sqrt(len(x))).item() if len(x) > 1 else math.nan
+
+
+def best_at(runs: dict[str, dict[int, list[dict]]], kl: float) -> tuple[float, float, str] | None:
+    """Reward at this KL, its standard error over seeds, and the setting: the best of those whose every seed got there."""
+    found = []
+    for setting, paths in runs.items():
+        values = [reward_at(path, kl) for path in paths.values()]
+        if None not in values:
+            found.append((*mean_se(values), setting))
+    return max(found, default=None)
+
+
+def by_run(rows: list[dict]) -> dict[str, dict[str, dict[int, list[dict]]]]:
+    """rows[method][setting][seed] = the evaluations of one run, in order."""
+    runs: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for row in rows:
+        runs[row["method"]][row["setting"]][row["seed"]].append(row)
+    return runs
+
+
+def table(rows: list[dict], bank: evaluate.Bank) -> list[dict]:
+    """A row a method: reward and share of the optimum at each of KLS, the largest reward, length and cost."""
+    curve, ref_reward = evaluate.frontier(bank.rewards), bank.rewards.mean().item()
+    lines = []
+    for method, runs in by_run(rows).items():
+        line: dict[str, Any] = {"method": method}
+        for kl in KLS:
+            if best := best_at(runs, kl):
+                reward, error, setting = best
+                best_reward, known = evaluate.optimal_reward(curve, kl)
+                line[f"at {kl:g}"] = {"reward": reward, "se": error, "setting": setting, "known": known,
+                                      "share": (reward - ref_reward) / (best_reward - ref_reward),
+                                      "share_se": error / (best_reward - ref_reward)}
+        ends = {setting: [path[-1] for path in paths.values()] for setting, paths in runs.items()}
+        setting = max(ends, key=lambda s: mean_se([row["reward"] for row in ends[s]])[0])
+        for name in ("reward", "kl", "length", "seconds", "samples", "reward_calls"):
+            line[name], line[f"{name}_se"] = mean_se([row[name] for row in ends[setting]])
+        lines.append(line | {"setting": setting})
+    # best of n: the reward at a KL no larger than its bound, which the bank gives for every n
+    N = bank.rewards.shape[1]
+    line = {"method": "best of n"}
+    for kl in KLS:
+        n = max((n for n in range(1, N // 4 + 1) if evaluate.best_of_n_kl(n) <= kl), default=1)
+        if n < N // 4:
+            per_prompt = (evaluate.best_of_n_weights(bank.rewards, n) * bank.rewards).sum(1)
+            reward, error = evaluate.mean_and_error(per_prompt)
+            best_reward, known = evaluate.optimal_reward(curve, kl)
+            line[f"at {kl:g}"] = {"reward": reward, "se": error, "setting": f"n = {n}", "known": known,
+                                  "share": (reward - ref_reward) / (best_reward - ref_reward),
+                                  "share_se": error / (best_reward - ref_reward)}
+    return lines + [line]
+
+
+def markdown(lines: list[dict], bank: evaluate.Bank) -> str:
+    """The table as it stands in the README."""
+    def number(value: float, error: float, form: str) -> str:
+        return f"{value:{form}}" + ("" if math.isnan(error) else f" ± {error:{form}}")
+
+    def cell(line: dict, kl: float) -> str:
+        if not (at := line.get(f"at {kl:g}")):
+            return ""
+        return (f"{number(at['reward'], at['se'], '.3f')} ({'' if at['known'] else '≤ '}{at['share']:.0%}"
+                + ("" if math.isnan(at["share_se"]) else f" ± {100 * at['share_se']:.0f}") + ")")
+
+    curve = evaluate.frontier(bank.rewards)
+    optimum = [evaluate.optimal_reward(curve, kl) for kl in KLS]
+    text = ("| | " + " | ".join(f"at {kl:g} nat{'s' if kl > 1 else ''}" for kl in KLS)
+            + " | largest reward | its KL | length | seconds | sampled | scored |\n" + "|---" * (len(KLS) + 7) + "|\n")
+    for line in lines:
+        text += f"| {line['method']} | " + " | ".join(cell(line, kl) for kl in KLS)
+        if "reward" in line:
+            text += (f" | {number(line['reward'], line['reward_se'], '.3f')} ({line['setting']}) | "
+                     f"{number(line['kl'], line['kl_se'], '.2f')} | {line['length']:.1f} | {line['seconds']:.0f} | "
+                     f"{line['samples']:.0f} | {line['reward_calls']:.0f} |\n")
+        else:
+            text += " | | | | | | |\n"
+    text += "| **optimum** | " + " | ".join(f"{'' if known else '≥ '}{reward:.3f}" for reward, known in optimum)
+    return text + f" | {curve[-1]['reward']:.3f} | {curve[-1]['kl']:.2f} | | | | |\n"
+
+
+def compare(lines: list[dict]) -> str:
+    """The paper's claim, DPO above PPO and PPO-GT at every KL, beside what was measured: the difference and its error."""
+    at = {line["method"]: line for line in lines}
+    text = ""
+    for other in ("PPO", "PPO-GT"):
+        for kl in KLS:
+            a, b = (at.get(method, {}).get(f"at {kl:g}") for method in ("DPO", other))
+            if a and b:
+                error = math.hypot(a["se"], b["se"])
+                text += (f"DPO - {other} at {kl:g} nats: {a['reward'] - b['reward']:+.3f}"
+                         + ("" if math.isnan(error) else f" ± {error:.3f}") + "\n")
+    return text
+
+
+COLORS = {"Preferred-FT": "tab:olive", "Unlikelihood": "tab:brown", "DPO": "tab:blue", "PPO": "tab:orange", "PPO-GT": "tab:green"}
+
+
+def draw(rows: list[dict], bank: evaluate.Bank, dataset: str, folder: Path) -> None:
+    """Left: the KLs where the optimum lives. Right: all of them. Every evaluation is a point, a method's best a line."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    curve, runs = evaluate.frontier(bank.rewards), by_run(rows)
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5.2), layout="constrained", sharey=True)
+    best = [(evaluate.best_of_n_kl(n), (evaluate.best_of_n_weights(bank.rewards, n) * bank.rewards).sum(1).mean().item())
+            for n in (1, 2, 4, 8, 16, 32, 64) if n <= bank.rewards.shape[1] // 4]
+    for axis, limit in zip(axes, (4.0, 1.05 * max(row["kl"] for row in rows))):
+        axis.plot([p["kl"] for p in curve], [p["reward"] for p in curve], color="black", linewidth=2,
+                  label=r"optimum $\\pi_{ref}\\, e^{r/\\beta} / Z$")
+        axis.plot([curve[-1]["kl"], limit], [1, 1], ":", color="black", linewidth=1)
+        axis.plot(*zip(*best), "o--", color="gray", markersize=4, label="best of n (bound on its KL)")
+        for method, settings in runs.items():
+            points = [row for row in rows if row["method"] == method]
+            axis.plot([p["kl"] for p in points], [p["reward"] for p in points], ".", color=COLORS[method], markersize=3, alpha=0.35)
+            grid = [limit * i / 100 for i in range(101)]
+            line = [(kl, *found[:2]) for kl in grid if (found := best_at(settings, kl))]
+            if line:
+                kl, reward, error = (torch.tensor(x) for x in zip(*line))
+                axis.plot(kl, reward, color=COLORS[method], linewidth=1.6, label=method)
+                if not error.isnan().any():
+                    axis.fill_between(kl, reward - error, reward + error, color=COLORS[method], alpha=0.2, linewidth=0)
+        axis.set(xlabel=r"KL$(\\pi \\,\\|\\, \\pi_{ref})$, nats per response", xlim=(-0.02 * limit, limit))
+    axes[0].set(ylabel="gold reward", title=f"{dataset}: where the optimum lives")
+    axes[1].set(title="all evaluations")
+    axes[1].legend(loc="lower right")
+    for suffix in ("png", "svg"):
+        figure.savefig(folder / f"frontier.{suffix}", dpi=150)
+    plt.close(figure)
+
+
+def main(config: Config) -> None:
+    """Build what is missing, run what is not finished, and write rows, table and figure."""
+    # ---- 1) what all runs share, so that no two of them build it at once -----------------------------------------------
+    sft_folder = sft.ensure(config.sft, config.dataset, config.preset, config.dtype)
+    base = sft_folder.parent
+    planned = plan(config, base)
+    ref, _ = load_run(sft_folder)
+    tokenizer, weights = Tokenizer.load(sft_folder / "tokenizer.tiktoken"), fingerprint(ref.state_dict())
+    gold = reward_model.ensure_gold(sft_folder, config.dataset, config.preset, config.dtype)
+    pairs = defaults(dpo.Config, config.dataset, config.preset)
+    ensure_pairs(base, config.dataset, config.preset, pairs.labels, ref, tokenizer, weights, gold)
+    ppo.learned_reward(ppo.Config(config.dataset, config.preset, sft=config.sft, dtype=config.dtype))
+    bank = evaluate.ensure_bank(base, config.dataset, config.preset, ref, tokenizer, weights, gold)
+
+    # ---- 2) the runs -------------------------------------------------------------------------------------------------
+    folder = Path(config.out)
+    run_all(planned, config.workers or (1 if device().type == "cuda" else os.cpu_count() or 1), folder)
+
+    # ---- 3) rows, table, figure --------------------------------------------------------------------------------------
+    rows = collect(planned, weights)
+    write_jsonl(folder / "results.jsonl", rows)
+    lines = table(rows, bank)
+    text = markdown(lines, bank)
+    atomic_write(folder / "table.md", (text + "\n" + compare(lines)).encode())
+    print(f"\n{text}\n{compare(lines)}")
+    draw(rows, bank, config.dataset, folder)
+    print(f"rows, table and figure  ->  {folder}")
+
+
+if __name__ == "__main__":
+    main(parse(Config, __doc__))

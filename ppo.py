@@ -1,0 +1,426 @@
+"""Proximal Policy Optimization with a KL penalty: RLHF as it was first done, sample, score, and push.
+
+    maximise  E_{x, y ~ pi_theta} [ r(x, y) ] - beta KL( pi_theta(.|x) || pi_ref(.|x) )       (Rafailov et al. 2023, Eq. 3)
+
+The response is an episode, each token an action. The KL is paid token by token, the score comes with the last token:
+
+    rewards_t = - beta (log pi_theta(y_t|x,y_<t) - log pi_ref(y_t|x,y_<t)) + [t is the last token] score(x, y)
+    advantages_t = sum_k (gamma lam)^k delta_{t+k},  delta_t = rewards_t + gamma V_{t+1} - V_t  (Schulman et al. 2016, Eq. 16)
+    L = - E min( ratio A, clip(ratio, 1 - eps, 1 + eps) A ),  ratio = pi_theta / pi_old         (Schulman et al. 2017, Eq. 7)
+
+Its optimum is the same as DPO's: pi_ref(y|x) exp(r(x, y) / beta) / Z(x), Eq. 4 of the DPO paper.
+
+    python ppo.py                                # on a reward model trained on the pairs; 4 minutes on 2 cores from nothing
+    python ppo.py --reward gold                  # PPO-GT: the task's own reward
+    python ppo.py --reward FILE.py:function      # yours: function(prompts, responses), two lists of texts -> list of numbers
+    python ppo.py --reward gold --target-kl 1    # beta adapts until the KL is 1 nat
+    python ppo.py --advantages leave-one-out --samples 4 --epochs 1          # REINFORCE, the baseline is the other samples' mean
+
+Reads   the SFT policy, the reward model (both trained if they are missing), data/<dataset>/prepared/prompts_train.jsonl
+Writes  runs/<dataset>/ppo...-seed<seed>/ : log.jsonl, model.pt, evaluation.json, samples.jsonl, figure.png
+"""
+from __future__ import annotations
+
+import copy
+import importlib.util
+import math
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Callable, ClassVar, Literal
+
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+import data
+import evaluate
+import reward_model
+import sft
+from common import (Run, adamw, autocast, batches, check_folder, defaults, device, fail, fingerprint, finished, generator,
+                    parse, read_jsonl, require, require_numbers, runs_folder)
+from data.tokenizer import Tokenizer
+from model import GPT, Samples, ScalarModel, generate, load_run, response_logprobs, response_mask
+
+
+@dataclass
+class Config:
+    dataset: str = "reviews"  # a folder of data/
+    preset: str = "cpu"  # defaults for a machine: cpu, or gpu (imdb)
+    reward: str = "model"  # model = the one learned from the pairs, gold = the task's own (PPO-GT), the run folder of a
+    # reward model, or FILE.py:function
+    beta: float = 0.1  # weight of the KL, in scores (of standard deviation 1 on the reference) a nat; the first one if it adapts
+    target_kl: float = 0.0  # nats a response to which beta adapts; 0 = beta stays as it is
+    horizon: int = 500  # episodes in which beta changes by as much as the KL is off, at most a fifth (Ziegler et al. 2019)
+    missing_eos_penalty: float = 0.0  # taken off the score of a response that has no <eos>
+    sft: str = ""  # run folder of the SFT policy, if not runs/<dataset>/sft
+    out: str = ""  # run folder, if not ppo-... beside the SFT policy
+    steps: int = 40  # updates: a batch of new responses each
+    batch_size: int = 256  # responses an update
+    samples: int = 1  # responses to each prompt among them
+    epochs: int = 2  # passes over a batch
+    minibatches: int = 1  # optimizer steps a pass
+    micro_batch_size: int = 64  # responses a forward pass, of similar length; same gradient
+    advantages: Literal["gae", "leave-one-out"] = "gae"  # by a value network, or against the prompt's other responses (RLOO)
+    gamma: float = 1.0  # discount: none, a token later is as good
+    lam: float = 1.0  # of GAE: 1 = Monte Carlo returns, 0 = one step and the value network
+    clip: float = 0.2  # eps: a ratio beyond 1 +- eps earns nothing more
+    value_clip: float = 0.2  # the value may move as far from the old one before its error stops counting
+    lr: float = 5e-4  # learning rate of the policy, falling linearly to 0
+    warmup: int = 10  # updates over which the learning rate of the policy grows, while the value network learns
+    value_lr: float = 2e-3  # of the value network, likewise
+    max_grad_norm: float = 1.0  # gradient clipping, each network by itself
+    seed: int = 0  # prompts, responses, minibatches
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; auto = bfloat16 on CUDA only
+    compile: bool = False  # torch.compile the networks
+    evaluate_every: int = 0  # updates between evaluations on the test prompts; 0 = only at the end
+    checkpoint_every: float = 60.0  # seconds between checkpoints
+    resume: bool = False  # go on from the last checkpoint
+
+    PRESETS: ClassVar[dict] = {("imdb", "cpu"): dict(lr=1e-4), ("imdb", "gpu"): dict(lr=5e-5, batch_size=512, steps=200)}
+
+    def __post_init__(self) -> None:
+        require_numbers(self, above_0="beta horizon steps batch_size samples epochs minibatches micro_batch_size clip value_clip "
+                        "lr value_lr max_grad_norm", from_0="target_kl missing_eos_penalty seed evaluate_every checkpoint_every")
+        for name in ("gamma", "lam"):
+            require(0 <= getattr(self, name) <= 1, f"--{name} {getattr(self, name)}: must be in [0, 1]")
+        require(self.batch_size % self.samples == 0, f"--batch-size {self.batch_size}: must be a multiple of --samples {self.samples}")
+        require(self.batch_size >= self.minibatches, f"--minibatches {self.minibatches}: more than --batch-size {self.batch_size}")
+        require(self.advantages == "gae" or self.samples > 1, "--advantages leave-one-out: needs --samples 2 or more")
+        base = Path(self.sft).parent if self.sft else runs_folder(self.dataset, self.preset)
+        kind = {"model": "", "gold": "-gt"}.get(self.reward, "-" + self.reward.rpartition(":")[2].replace("/", "-"))
+        leash = f"kl{self.target_kl:g}" if self.target_kl else f"beta{self.beta:g}"
+        name = "ppo" if self.advantages == "gae" else "rloo"
+        self.out = self.out or str(base / f"{name}{kind}-{leash}-seed{self.seed}")
+
+
+# ---- the mathematics: B responses, R positions; everything outside `mask` is 0 -----------------------------------------
+
+def compute_rewards(scores: torch.Tensor, logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor,
+                    beta: float) -> torch.Tensor:
+    """Rewards (B, R): the KL penalty on every token, the score (B,) on the last one, which is the <eos> if there is one."""
+    rewards = -beta * (logprobs - ref_logprobs) * mask
+    rewards[torch.arange(len(scores)), mask.sum(1) - 1] += scores
+    return rewards
+
+
+def compute_gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float,
+                lam: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalized advantage estimates and returns (B, R). values[:, t] is V(prompt and the response before token t).
+
+    Backwards: A_t = delta_t + gamma lam A_{t+1}. After the last token there is no value: the episode has ended.
+    """
+    advantages, last, after = torch.zeros_like(rewards), 0.0, 0.0
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * after - values[:, t]
+        last = (delta + gamma * lam * last) * mask[:, t]
+        after = values[:, t] * mask[:, t]
+        advantages[:, t] = last
+    return advantages, (advantages + values) * mask
+
+
+def leave_one_out(rewards: torch.Tensor, mask: torch.Tensor, samples: int) -> torch.Tensor:
+    """Advantages (B, R) of REINFORCE with a leave-one-out baseline (Kool et al. 2019; Ahmadian et al. 2024).
+
+    The response's total reward less the mean of the other `samples` - 1 responses' to its prompt, which are neighbours in
+    the batch; the same for all its tokens.
+    """
+    total = rewards.sum(1).view(-1, samples)
+    others = (total.sum(1, keepdim=True) - total) / (samples - 1)
+    return (total - others).view(-1, 1) * mask
+
+
+def whiten(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean 0 and variance 1 over the mask."""
+    mean = x[mask].mean()
+    return (x - mean) / (x[mask].var(correction=0) + 1e-8).sqrt() * mask
+
+
+def policy_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor,
+                clip: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The clipped surrogate of every token, and the ratio pi / pi_old, (B, R) each.
+
+    Where ratio = 1, on the first step on a batch, its gradient is REINFORCE's: -A grad log pi.
+    """
+    ratio = (logprobs - old_logprobs).exp()
+    return -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages) * mask, ratio
+
+
+def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor,
+               clip: float) -> torch.Tensor:
+    """Half the squared error of every token's value, (B, R); a value further than `clip` from the old one earns nothing."""
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2) * mask
+
+
+def adapted(beta: float, kl: float, target_kl: float, horizon: float, episodes: int) -> float:
+    """The next beta: beta (1 + clip(kl / target - 1, -0.2, 0.2) episodes / horizon)  (Ziegler et al. 2019, section 2.2)."""
+    return beta * (1 + min(max(kl / target_kl - 1, -0.2), 0.2) * episodes / horizon)
+
+
+def response_values(model: ScalarModel, tokens: torch.Tensor, prompt_lengths: torch.Tensor,
+                    lengths: torch.Tensor) -> torch.Tensor:
+    """V (B, R) before each response token: position t - 1, where the policy too chooses token t; 0 where there is none."""
+    mask = response_mask(prompt_lengths, lengths)
+    at = (prompt_lengths[:, None] - 1 + torch.arange(mask.shape[1], device=mask.device)).clamp(max=int(lengths.max()) - 1)
+    return model(tokens[:, :int(lengths.max())]).gather(1, at) * mask
+
+
+# ---- what is maximised -----------------------------------------------------------------------------------------------
+
+Scorer = Callable[[Samples, list[str], list[str]], torch.Tensor]  # samples, texts of prompts and responses -> (B,) scores
+
+
+def user_reward(name: str) -> evaluate.GoldReward:
+    """FILE.py:function as a reward; a result that is not one finite number a response stops with one line."""
+    path, _, attribute = name.rpartition(":")
+    if not path.endswith(".py") or not Path(path).is_file():
+        fail(f"--reward {name}: expected model, gold, the folder of a reward model's run, or FILE.py:function")
+    spec = importlib.util.spec_from_file_location("user_reward", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        fail(f"--reward {name}: {path} cannot be loaded ({type(error).__name__}: {error})")
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        fail(f"--reward {name}: {path} has no function {attribute!r}")
+
+    def reward(prompts: list[str], responses: list[str]) -> torch.Tensor:
+        try:
+            values = function(prompts, responses)
+            values = values.tolist() if hasattr(values, "tolist") else list(values)
+        except Exception as error:
+            at = error.__traceback__
+            while at.tb_next:
+                at = at.tb_next
+            fail(f"--reward {name}: {type(error).__name__}: {error} ({at.tb_frame.f_code.co_filename}, line {at.tb_lineno})")
+        if len(values) != len(responses):
+            fail(f"--reward {name}: returned {len(values)} numbers for {len(responses)} responses")
+        for i, value in enumerate(values):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                fail(f"--reward {name}: returned {value!r} for response {i} ({responses[i][:40]!r}), expected a finite number")
+        return torch.tensor(values, dtype=torch.float32)
+
+    return reward
+
+
+def learned_reward(config: Config) -> Path:
+    """The run of the reward model on the pairs; trained if it is missing."""
+    settings = defaults(reward_model.Config, config.dataset, config.preset, sft=config.sft, dtype=config.dtype, resume=True)
+    return Path(settings.out) if finished(settings) else reward_model.train(settings)
+
+
+def find_reward(config: Config, gold: evaluate.GoldReward, task: dict) -> tuple[Scorer, ScalarModel | None, str]:
+    """The scorer that --reward names, the reward model if it is one, and what tells this reward from another one."""
+    if config.reward in ("model", "gold") or Path(config.reward).is_dir():
+        if config.reward == "gold":
+            return lambda samples, prompts, responses: gold(prompts, responses), None, "gold"
+        folder = learned_reward(config) if config.reward == "model" else Path(config.reward)
+        model, meta = load_run(folder, ScalarModel)
+        evaluate.check_same_task(folder, meta, task)
+
+        def score(samples: Samples, prompts: list[str], responses: list[str]) -> torch.Tensor:
+            return reward_model.all_scores(model, samples.tokens, samples.lengths, config.dtype)
+        return score, model, fingerprint(model.state_dict())
+    user = user_reward(config.reward)
+    return lambda samples, prompts, responses: user(prompts, responses), None, config.reward
+
+
+def train(config: Config) -> Path:
+    """Build what is missing, train, evaluate, and return the run folder."""
+    # ---- 1) the reference policy, the reward, the prompts ------------------------------------------------------------
+    check_folder(config)
+    if config.reward not in ("model", "gold") and not Path(config.reward).is_dir():
+        user_reward(config.reward)  # before an hour of training
+    sft_folder = sft.ensure(config.sft, config.dataset, config.preset, config.dtype)
+    base = sft_folder.parent
+    ref, meta = load_run(sft_folder)
+    ref.requires_grad_(False)
+    tokenizer = Tokenizer.load(sft_folder / "tokenizer.tiktoken")
+    task = {"dataset": config.dataset, "tokenizer": tokenizer.fingerprint}
+    evaluate.check_same_task(sft_folder, meta, task)
+    weights = fingerprint(ref.state_dict())
+    gold = reward_model.ensure_gold(sft_folder, config.dataset, config.preset, config.dtype)
+    scorer, learned, reward_id = find_reward(config, gold, task)
+    bank = evaluate.ensure_bank(base, config.dataset, config.preset, ref, tokenizer, weights, gold)
+    texts = [row["prompt"] for row in read_jsonl(data.ensure(config.dataset) / "prompts_train.jsonl", {"prompt": str})]
+    prompts = [[tokenizer.bos] + ids for ids in tokenizer.encode_batch(texts)]
+    block_size = ref.config.block_size
+
+    def roll_out(model: GPT, rows: list[int], draw: torch.Generator) -> tuple[Samples, list[str], torch.Tensor]:
+        """A response to the prompt of every row, its text, and its score as the reward gives it."""
+        with autocast(config.dtype):
+            samples = generate(model, [prompts[i] for i in rows], block_size, tokenizer.eos, tokenizer.pad, draw)
+        responses = [tokenizer.decode(row[p:n]) for row, p, n in
+                     zip(samples.tokens.tolist(), samples.prompt_lengths.tolist(), samples.lengths.tolist())]
+        return samples, responses, scorer(samples, [texts[i] for i in rows], responses)
+
+    # ---- 2) policy and value network, each with its optimizer --------------------------------------------------------
+    networks = nn.ModuleDict({"policy": copy.deepcopy(ref).requires_grad_(True)})
+    if config.advantages == "gae":  # starts as the reward model; without one, as the SFT policy with a head of zeros
+        networks["value"] = copy.deepcopy(learned) if learned else reward_model.scalar_model(ref, block_size, config.seed)
+        if not learned:
+            nn.init.zeros_(networks["value"].head.weight)
+    policy, value = networks.to(device()).train()["policy"], networks["value"] if config.advantages == "gae" else None
+    # part of the state, so that a checkpoint holds them: beta, and what makes scores of the reference 0 +- 1
+    for name, number in (("beta", config.beta), ("score_mean", 0.0), ("score_std", 1.0)):
+        networks.register_buffer(name, torch.tensor(number, dtype=torch.float64))
+    optimizers = [adamw(network, lr, 0.0, (0.9, 0.95)) for network, lr in zip(networks.values(), (config.lr, config.value_lr))]
+    run = Run(config, networks, optimizers, built_from={"sft": weights, "reward": reward_id})
+    if run.step == 0:
+        rows = torch.randperm(len(prompts), generator=generator(config.seed, 1))[:512].tolist()
+        scores = roll_out(ref, rows, generator(config.seed, 2))[2].double()
+        networks.score_mean.fill_(scores.mean())
+        networks.score_std.fill_(scores.std(correction=0) if scores.std(correction=0) > 1e-6 else 1.0)
+    order = batches(torch.tensor([len(p) for p in prompts]), config.batch_size // config.samples, config.seed, pool=1)
+    for _ in range(run.step):
+        next(order)
+    logprobs_of = torch.compile(response_logprobs) if config.compile else response_logprobs
+    values_of = torch.compile(response_values) if config.compile else response_values
+
+    method = "PPO" if value else "REINFORCE" if config.epochs * config.minibatches == 1 else "PPO, leave-one-out"
+    name = f"{method} on {config.reward}, " + (f"target {config.target_kl:g} nats" if config.target_kl else f"beta {config.beta:g}")
+    bar = tqdm(range(run.step, config.steps), name, config.steps, initial=run.step)
+    for step in bar:
+        if config.evaluate_every and step % config.evaluate_every == 0:
+            evaluate.along(run, step, policy, ref, tokenizer, bank, gold)
+        for optimizer, lr in zip(optimizers, (config.lr, config.value_lr)):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * (1 - step / config.steps) * (min(1, (step + 1) / config.warmup) if lr == config.lr else 1)
+
+        # ---- 3) roll out: sample responses and score them ------------------------------------------------------------
+        rows = next(order).repeat_interleave(config.samples)
+        samples, responses, raw = roll_out(policy, rows.tolist(), generator(config.seed, 3, step))
+        tokens, prompt_lengths, lengths, _ = (x if x is None else x.to(device()) for x in samples)
+        ended = tokens[torch.arange(len(rows)), lengths - 1] == tokenizer.eos
+        scores = ((raw.to(device()) - networks.score_mean) / networks.score_std).float() - config.missing_eos_penalty * ~ended
+
+        # ---- 4) log-probabilities under policy and reference, values -------------------------------------------------
+        mask = response_mask(prompt_lengths, lengths)
+
+        def chunks(rows: torch.Tensor) -> list[torch.Tensor]:
+            """Rows of similar length together, so that little is computed on pads."""
+            return rows[lengths[rows].argsort(stable=True)].split(config.micro_batch_size)
+
+        everywhere = torch.arange(len(rows), device=device())
+        old_logprobs, ref_logprobs, values = (torch.zeros(mask.shape, device=device()) for _ in range(3))
+        with torch.no_grad(), autocast(config.dtype):
+            for c in chunks(everywhere):  # the same function and shapes as in the update: its first ratio is exactly 1
+                row = (tokens[c], prompt_lengths[c], lengths[c])
+                R = int((lengths[c] - prompt_lengths[c]).max())
+                old_logprobs[c, :R] = logprobs_of(policy, *row)
+                ref_logprobs[c, :R] = logprobs_of(ref, *row)
+                if value:
+                    values[c, :R] = values_of(value, *row)
+
+        # ---- 5) rewards and advantages -------------------------------------------------------------------------------
+        beta = networks.beta.item()
+        rewards = compute_rewards(scores, old_logprobs, ref_logprobs, mask, beta)
+        if value:
+            advantages, returns = compute_gae(rewards, values, mask, config.gamma, config.lam)
+            advantages = whiten(advantages, mask)
+        else:
+            advantages = leave_one_out(rewards, mask, config.samples)
+
+        # ---- 6) several passes over the batch ------------------------------------------------------------------------
+        stats = []
+        draw = generator(config.seed, 4, step)
+        for _ in range(config.epochs):
+            for part in torch.randperm(len(rows), generator=draw).to(device()).tensor_split(config.minibatches):
+                part, sums = part.sort().values, torch.zeros(6, device=device())
+                count = int(mask[part].sum())
+                for c in chunks(part):
+                    R = int((lengths[c] - prompt_lengths[c]).max())
+                    m, row = mask[c, :R], (tokens[c], prompt_lengths[c], lengths[c])
+                    with autocast(config.dtype):
+                        logprobs = logprobs_of(policy, *row)
+                        new_values = values_of(value, *row) if value else None
+                    losses, ratio = policy_loss(logprobs, old_logprobs[c, :R], advantages[c, :R], m, config.clip)
+                    errors = (value_loss(new_values, values[c, :R], returns[c, :R], m, config.value_clip) if value
+                              else torch.zeros_like(losses))
+                    ((losses.sum() + errors.sum()) / count).backward()
+                    with torch.no_grad():
+                        change = (logprobs - old_logprobs[c, :R])[m]
+                        sums += torch.stack([losses.sum(), errors.sum(), 0.5 * change.square().sum(),
+                                             ((ratio[m] - 1).abs() > config.clip).sum(), ratio[m].sum(), ratio[m].square().sum()])
+                norms = [torch.nn.utils.clip_grad_norm_(network.parameters(), config.max_grad_norm).item()
+                         for network in networks.values()]
+                stats.append(sums / count)
+                run.check_finite(step, rows[part.cpu()], loss=stats[-1][0].item(), value_loss=stats[-1][1].item(),
+                                 grad_norm=sum(norms), score=scores.mean().item())
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+
+        # ---- 7) log; beta adapts -------------------------------------------------------------------------------------
+        kl = (old_logprobs - ref_logprobs).sum(1)  # both 0 outside the mask
+        loss, v_loss, approx_kl, clipped, ratio, ratio2 = torch.stack(stats).mean(0).tolist()
+        run.log(step=step, scores=scores.mean().item(), raw_scores=raw.mean().item(), kl=kl.mean().item(),
+                kl_se=(kl.std() / math.sqrt(len(kl))).item(), beta=beta,
+                objective=(scores - beta * kl).mean().item(), entropy=-(old_logprobs * mask).sum(1).mean().item(),
+                loss=loss, approx_kl=approx_kl, clip_fraction=clipped, ratio=ratio, ratio_std=max(0, ratio2 - ratio**2)**0.5,
+                **({"value_loss": v_loss, "explained_variance":
+                    1 - ((returns - values)[mask].var() / returns[mask].var().clamp(min=1e-8)).item()} if value else {}),
+                grad_norm=norms[0], eos_rate=ended.float().mean().item(), length=mask.sum(1).float().mean().item(),
+                distinct=len(set(responses)) / len(responses), lr=optimizers[0].param_groups[0]["lr"])
+        warn(run, step, responses, ended.float().mean().item())
+        if config.target_kl:
+            networks.beta.fill_(adapted(beta, kl.mean().item(), config.target_kl, config.horizon, len(rows)))
+        bar.set_postfix_str(f"score {raw.mean():.3f}, KL {kl.mean():.2f}, beta {beta:.3f}")
+        run.checkpoint(step + 1)
+    if config.evaluate_every:
+        evaluate.along(run, config.steps, policy, ref, tokenizer, bank, gold)
+
+    # ---- 8) gold reward and KL on test prompts, samples, figure --------------------------------------------------------
+    episodes = config.steps * min(config.batch_size, len(prompts) * config.samples)
+    result = {"step": config.steps, "seconds": run.seconds(), "samples": episodes, "reward_calls": episodes}
+    run.log(**result)
+    tokenizer.save(run.folder / "tokenizer.tiktoken")
+    run.finish(policy, kind="GPT", architecture=asdict(policy.config), dataset=config.dataset, tokenizer=tokenizer.fingerprint)
+    end_beta = config.beta * networks.score_std.item() if config.reward == "gold" and not config.target_kl else None
+    table = evaluate.report(run.folder, name, policy.eval(), ref, tokenizer, bank, gold, end_beta, result)
+    draw_run(run.rows, bank, table, run.folder / "figure.png")
+    print(f"\nfigure, log, samples and model  ->  {run.folder}")
+    return run.folder
+
+
+def warn(run: Run, step: int, responses: list[str], eos_rate: float) -> None:
+    """Name, once, what has gone wrong for sure: a policy that has collapsed, a KL that cannot be."""
+    recent = [row for row in run.rows if "kl" in row][-10:]
+    kl, error = (sum(row["kl"] for row in recent) / len(recent),
+                 math.sqrt(sum(row["kl_se"] ** 2 for row in recent)) / len(recent))
+    first = next(row["eos_rate"] for row in run.rows if "eos_rate" in row)
+    found = {"collapse": f"the policy has collapsed: {len(set(responses))} different responses among {len(responses)}"
+             if len(set(responses)) <= 0.1 * len(responses) else "",
+             "endless": "the policy has collapsed: no response ends" if eos_rate == 0 and first > 0.5 else "",
+             "kl": f"the KL is negative, {kl:.3g} +- {error:.2g} over {len(recent)} updates: the responses do not come from the "
+             "distribution that is scored" if kl < -3 * error and kl < -1e-3 else ""}
+    for name, message in found.items():
+        if message and not any(row.get("warning") == name for row in run.rows):
+            run.log(step=step, warning=name, message=message)
+            tqdm.write(f"warning: step {step}: {message}", file=sys.stderr)
+
+
+def draw_run(log: list[dict], bank: evaluate.Bank, rows: dict[str, dict], path: Path) -> None:
+    """Score and KL during training; gold reward against KL with the optimal curve."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    log = [row for row in log if "scores" in row]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    steps = [row["step"] for row in log]
+    for name, color, label in (("scores", "tab:blue", "score, in standard deviations of the reference's"),
+                               ("kl", "tab:orange", "KL to the reference, nats a response"),
+                               ("beta", "tab:gray", "beta")):
+        left.plot(steps, [row[name] for row in log], color=color, label=label)
+    left.set(xlabel="update", title="PPO on training prompts")
+    left.legend(fontsize=8)
+    evaluate.draw_frontier(right, bank, rows)
+    right.set_title("test prompts: gold reward against KL")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    train(parse(Config, __doc__))
