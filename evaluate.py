@@ -209,8 +209,8 @@ def sample_policy(policy: GPT, ref: GPT, tokenizer: Tokenizer, prompts: list[str
 
 
 def measure(policy: GPT, ref: GPT, tokenizer: Tokenizer, bank: Bank, gold: GoldReward) -> dict:
-    """Gold reward, KL and length of a policy on the bank's prompts, each with its standard error."""
-    sampled = sample_policy(policy, ref, tokenizer, bank.prompts, gold)
+    """Gold reward, KL and length of a policy on the bank's prompts, each with its standard error; some 512 responses."""
+    sampled = sample_policy(policy, ref, tokenizer, bank.prompts, gold, samples=max(1, 512 // len(bank.prompts)))
     return row(sampled.rewards.mean(1), sampled.kl.mean(1), sampled.lengths.float().mean(1))
 
 

@@ -69,13 +69,16 @@ class Config:
 
 
 # The paper's grid (section 6.1): beta of DPO, alpha of Unlikelihood, target KL of PPO; extended downwards, to where the
-# optimum lives. What stands last is what --quick runs.
+# optimum lives. DPO's learning rate moves the KL as much as beta does, so it is in the grid, too, as multiples of the
+# preset's. PPO's first beta is near the one that gives its target in the end. What stands last is what --quick runs.
+PPO_TARGETS = [dict(target_kl=k, beta=round(0.4 / k, 3)) for k in (1, 2, 3, 6, 9, 12)]
 GRID = {
     "Preferred-FT": (sft, [dict()], [dict()]),
     "Unlikelihood": (dpo, [dict(loss="unlikelihood", alpha=a) for a in (0.05, 0.1, 0.5, 1.0)], [dict(loss="unlikelihood", alpha=0.5)]),
-    "DPO": (dpo, [dict(beta=b) for b in (0.05, 0.1, 0.3, 1.0, 5.0)], [dict(beta=b) for b in (0.1, 1.0)]),
-    "PPO": (ppo, [dict(reward="model", target_kl=k) for k in (1, 2, 3, 6, 9, 12)], [dict(reward="model", target_kl=k) for k in (1, 3)]),
-    "PPO-GT": (ppo, [dict(reward="gold", target_kl=k) for k in (1, 2, 3, 6, 9, 12)], [dict(reward="gold", target_kl=k) for k in (1, 3)]),
+    "DPO": (dpo, [dict(beta=b) for b in (0.05, 0.1, 0.3, 1.0, 5.0)] + [dict(beta=b, lr=x) for b in (0.1, 1.0) for x in (0.25, 4.0)],
+            [dict(beta=b) for b in (0.1, 1.0)]),
+    "PPO": (ppo, [dict(reward="model", **t) for t in PPO_TARGETS], [dict(reward="model", **t) for t in PPO_TARGETS[:3:2]]),
+    "PPO-GT": (ppo, [dict(reward="gold", **t) for t in PPO_TARGETS], [dict(reward="gold", **t) for t in PPO_TARGETS[:3:2]]),
 }
 
 
@@ -103,8 +106,11 @@ def plan(config: Config, base: Path) -> list[Planned]:
     for seed in range(1 if config.quick else config.seeds):
         for method, (module, whole, quick) in GRID.items():
             for settings in quick if config.quick else whole:
+                settings = dict(settings)
+                if "lr" in settings:
+                    settings["lr"] *= defaults(module.Config, config.dataset, config.preset).lr
                 setting = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in settings.items()
-                                    if not isinstance(value, str)) or "default"
+                                    if not isinstance(value, str) and not (name == "beta" and "target_kl" in settings)) or "default"
                 folder = Path(config.out) / f"{method}-{setting}-seed{seed}".lower().replace(", ", "-").replace(" ", "")
                 more = dict(on="chosen", init=str(base / "sft")) if module is sft else dict(sft=config.sft)
                 planned.append(Planned(method, setting, seed, module.__name__, defaults(
@@ -167,6 +173,7 @@ def collect(planned: list[Planned], weights: str) -> list[dict]:
         cost = next(row for row in reversed(log) if "seconds" in row)
         rows += [{"method": run.method, "setting": run.setting, "seed": run.seed, "step": row["step"],
                   **{name.removeprefix("eval_"): value for name, value in row.items() if name.startswith("eval_")},
+                  **{name: getattr(run.config, name, None) for name in ("beta", "lr")},
                   "last": row["step"] == cost["step"], "seconds": cost["seconds"], "samples": cost.get("samples", 0),
                   "reward_calls": cost.get("reward_calls", 0)} for row in log if "eval_reward" in row]
     return rows
@@ -287,10 +294,10 @@ def draw(rows: list[dict], bank: evaluate.Bank, dataset: str, folder: Path) -> N
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     curve, runs = evaluate.frontier(bank.rewards), by_run(rows)
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5.2), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 3, figsize=(17, 5.2), layout="constrained", width_ratios=(5, 5, 3))
     best = [(evaluate.best_of_n_kl(n), (evaluate.best_of_n_weights(bank.rewards, n) * bank.rewards).sum(1).mean().item())
             for n in (1, 2, 4, 8, 16, 32, 64) if n <= bank.rewards.shape[1] // 4]
-    for axis, limit in zip(axes, (4.0, 1.05 * max(row["kl"] for row in rows))):
+    for axis, limit in zip(axes[:2], (4.0, 1.05 * max(row["kl"] for row in rows))):
         axis.plot([p["kl"] for p in curve], [p["reward"] for p in curve], color="black", linewidth=2,
                   label=r"optimum $\\pi_{ref}\\, e^{r/\\beta} / Z$")
         axis.plot([curve[-1]["kl"], limit], [1, 1], ":", color="black", linewidth=1)
@@ -309,6 +316,17 @@ def draw(rows: list[dict], bank: evaluate.Bank, dataset: str, folder: Path) -> N
     axes[0].set(ylabel="gold reward", title=f"{dataset}: where the optimum lives")
     axes[1].set(title="all evaluations")
     axes[1].legend(loc="lower right")
+    ends = defaultdict(lambda: defaultdict(list))  # beta -> learning rate -> where DPO's runs end
+    for row in rows:
+        if row["method"] == "DPO" and row["last"]:
+            ends[row["beta"]][row["lr"]].append(row["kl"])
+    for beta, by_lr in sorted(ends.items()):
+        if len(by_lr) > 1:
+            axes[2].plot(*zip(*((lr, sum(kls) / len(kls)) for lr, kls in sorted(by_lr.items()))), "o-", label=f"beta {beta:g}")
+    axes[2].set(xscale="log", yscale="log", xlabel="learning rate", ylabel="KL at the end, nats per response",
+                title="DPO: the learning rate moves the KL, too")
+    if len(axes[2].lines):
+        axes[2].legend()
     for suffix in ("png", "svg"):
         figure.savefig(folder / f"frontier.{suffix}", dpi=150)
     plt.close(figure)

@@ -24,7 +24,9 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
+import numbers
 import sys
+import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable, ClassVar, Literal
@@ -51,11 +53,11 @@ class Config:
     # reward model, or FILE.py:function
     beta: float = 0.1  # weight of the KL, in scores (of standard deviation 1 on the reference) a nat; the first one if it adapts
     target_kl: float = 0.0  # nats a response to which beta adapts; 0 = beta stays as it is
-    horizon: int = 500  # episodes in which beta changes by as much as the KL is off, at most a fifth (Ziegler et al. 2019)
+    horizon: int = 2000  # episodes in which beta changes by as much as the KL is off, at most a fifth (Ziegler et al. 2019)
     missing_eos_penalty: float = 0.0  # taken off the score of a response that has no <eos>
     sft: str = ""  # run folder of the SFT policy, if not runs/<dataset>/sft
     out: str = ""  # run folder, if not ppo-... beside the SFT policy
-    steps: int = 40  # updates: a batch of new responses each
+    steps: int = 50  # updates: a batch of new responses each
     batch_size: int = 256  # responses an update
     samples: int = 1  # responses to each prompt among them
     epochs: int = 2  # passes over a batch
@@ -191,14 +193,12 @@ def user_reward(name: str) -> evaluate.GoldReward:
             values = function(prompts, responses)
             values = values.tolist() if hasattr(values, "tolist") else list(values)
         except Exception as error:
-            at = error.__traceback__
-            while at.tb_next:
-                at = at.tb_next
-            fail(f"--reward {name}: {type(error).__name__}: {error} ({at.tb_frame.f_code.co_filename}, line {at.tb_lineno})")
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            fail(f"--reward {name}: {type(error).__name__}: {error} ({at.filename}, line {at.lineno})")
         if len(values) != len(responses):
             fail(f"--reward {name}: returned {len(values)} numbers for {len(responses)} responses")
         for i, value in enumerate(values):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
                 fail(f"--reward {name}: returned {value!r} for response {i} ({responses[i][:40]!r}), expected a finite number")
         return torch.tensor(values, dtype=torch.float32)
 
