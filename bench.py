@@ -1,12 +1,14 @@
-"""How fast is a step? One JSON line each for the SFT, reward-model and DPO step and for generation, at any size.
+"""How fast is a step? One JSON line each for the SFT, reward-model and DPO step, for generation and for a PPO update.
 
-    python bench.py                                                       # all four, the size of the table in results/bench
+    python bench.py                                                       # all five, the size of the table in results/bench
+    python bench.py --only ppo --batch 64
     python bench.py --only dpo --layers 6 --heads 6 --embd 384 --dtype bfloat16
 
 Every step is the whole of it: forward, loss, backward, gradient clipping, optimizer, on random tokens of fixed length,
 with the functions that the scripts train with. A token is one position of one sequence through the model: a DPO or
 reward-model step has 2 * batch * (prompt + comp) of them, an SFT step batch * (prompt + comp), generation batch * comp new
-ones. `peak_share` is the nominal floating-point work (the head counted at every position, although only responses need
+ones. A PPO update samples `batch` responses, scores them, and makes four passes over them, with separate networks for
+policy, reference, reward and value; its tokens are the new ones. `peak_share` is the nominal floating-point work (the head counted at every position, although only responses need
 it) over the machine's matrix-product peak, measured here in the same dtype. `other_cpu` is how many cores other processes
 kept busy meanwhile: a line with more than 0.1 says nothing.
 """
@@ -23,18 +25,19 @@ import torch
 
 from common import adamw, autocast, device
 from dpo import dpo_loss
-from model import GPT, GPTConfig, ScalarModel, generate, response_logprobs
+from model import GPT, GPTConfig, ScalarModel, generate, response_logprobs, response_mask
+from ppo import compute_gae, compute_rewards, policy_loss, response_values, value_loss, whiten
 from reward_model import reward_loss
 from sft import optimizers_for
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["sft", "reward_model", "dpo", "generate"], help="one of the four")
+    parser.add_argument("--only", choices=["sft", "reward_model", "dpo", "generate", "ppo"], help="one of the five")
     for name, value, text in (("layers", 4, "blocks"), ("heads", 4, "attention heads"), ("embd", 128, "channels"),
                               ("vocab", 4096, "size of the vocabulary"), ("batch", 16, "pairs, or rows"),
                               ("prompt", 16, "tokens of a prompt"), ("comp", 48, "tokens of a response"),
-                              ("steps", 60, "timed steps, after 5 that are not; a tenth for generation"),
+                              ("steps", 60, "timed steps, after 5 that are not; a tenth for generation and PPO"),
                               ("threads", torch.get_num_threads(), "CPU threads")):
         parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} [{value}]")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto = bfloat16 on CUDA only")
@@ -119,14 +122,43 @@ def main(a: argparse.Namespace) -> None:
     def pairwise(model: ScalarModel) -> torch.Tensor:
         return reward_loss(*score(model, rows, lengths).view(2, -1)).mean()
 
+    def ppo(policy: GPT, ref: GPT, value: ScalarModel, reward: ScalarModel, optimizers: list[torch.optim.Optimizer],
+            prompts: list[list[int]], draw: torch.Generator) -> None:
+        """One update as ppo.py makes it: roll out, score, four passes over the batch."""
+        with torch.no_grad(), autocast(a.dtype):
+            samples = generate(policy, prompts, T, -1, 0, draw)  # -1: no EOS, every response has full length
+            row = [x.to(device()) for x in samples[:3]]
+            mask = response_mask(row[1], row[2])
+            old, before, values = logprobs(policy, *row), logprobs(ref, *row), response_values(value, *row)
+            scores = score(reward, row[0], row[2])
+        advantages, returns = compute_gae(compute_rewards(scores, old, before, mask, 0.05), values, mask, 1.0, 0.95)
+        advantages = whiten(advantages, mask)
+        for _ in range(4):
+            with autocast(a.dtype):
+                new, new_values = logprobs(policy, *row), response_values(value, *row)
+            losses = policy_loss(new, old, advantages, mask, 0.2)[0] + value_loss(new_values, values, returns, mask, 0.2)
+            (losses.sum() / mask.sum()).backward()
+            for network, optimizer in zip((policy, value), optimizers):
+                torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0).item()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
     benches = {"sft": (GPT, sft_loss, 1, head), "reward_model": (ScalarModel, pairwise, 2, 0), "dpo": (GPT, dpo, 2, head)}
-    for name in [a.only] if a.only else ["sft", "reward_model", "dpo", "generate"]:
+    units = {"dpo": "pairs_per_s", "reward_model": "pairs_per_s", "ppo": "episodes_per_s"}
+    for name in [a.only] if a.only else ["sft", "reward_model", "dpo", "generate", "ppo"]:
         if name == "generate":
             model, draw = GPT(config).to(device()).eval(), torch.Generator().manual_seed(0)
             prompts = rows[:a.batch, :a.prompt].tolist()
             with autocast(a.dtype):
                 result = measure(lambda: generate(model, prompts, T, -1, 0, draw), max(5, a.steps // 10), 2)  # -1: no EOS
             tokens, work = a.batch * a.comp, a.batch * T * (flop + head)
+        elif name == "ppo":
+            networks = [kind(config).to(device()) for kind in (GPT, GPT, ScalarModel, ScalarModel)]
+            optimizers, draw = [adamw(network, 1e-4, 0.0, (0.9, 0.95)) for network in networks[::2]], torch.Generator().manual_seed(0)
+            prompts = rows[:a.batch, :a.prompt].tolist()
+            result = measure(lambda: ppo(*networks, optimizers, prompts, draw), max(5, a.steps // 10), 2)
+            # sampled once, scored by four networks, four passes of forward and backward of two
+            tokens, work = a.batch * a.comp, a.batch * T * (5 * flop + 3 * head + 12 * (2 * flop + head))
         else:
             kind, loss, sequences, head_flop = benches[name]
             model = kind(config).to(device())
@@ -136,7 +168,7 @@ def main(a: argparse.Namespace) -> None:
             work = 3 * tokens * (flop + head_flop)
         per_second = 1e3 / result["ms_median"]
         line = {"bench": name, **{k: round(v, 2) for k, v in result.items()}, "tokens_per_s": round(tokens * per_second),
-                ("pairs_per_s" if name in ("dpo", "reward_model") else "rows_per_s"): round(a.batch * per_second, 1),
+                units.get(name, "rows_per_s"): round(a.batch * per_second, 1),
                 "peak_share": round(work * per_second / peak, 3), "peak_gflops": round(peak / 1e9),
                 "layers": a.layers, "heads": a.heads, "embd": a.embd, "vocab": a.vocab, "batch": a.batch, "prompt": a.prompt,
                 "comp": a.comp, "dtype": a.dtype, "compile": a.compile, "threads": a.threads, "torch": torch.__version__}

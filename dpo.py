@@ -8,6 +8,7 @@ the pairs do come from a Bradley-Terry model with reward r*, its optimum is pi_r
 
     python dpo.py --beta 0.1                     # `reviews`, from nothing: under 2 minutes on 2 cores, 45 s the next time
     python dpo.py --dataset imdb --beta 0.1      # the paper's sentiment task, about two hours on 2 cores
+    python dpo.py --loss unlikelihood --alpha 0.5        # the paper's baseline: -log pi(y_w|x) + alpha log pi(y_l|x)
     python dpo.py --pairs FILE.jsonl             # your own pairs: {"prompt", "chosen", "rejected"}
 
 Reads   the SFT policy (trained if it is missing); the pairs (sampled from it and labelled, if they are missing)
@@ -33,8 +34,8 @@ from tqdm import tqdm
 import evaluate
 import reward_model
 import sft
-from common import (Run, adamw, autocast, batches, check_folder, device, fingerprint, pad, parse, require,
-                    require_numbers, runs_folder, sha256, write_json, write_jsonl)
+from common import (Run, adamw, atomic_write, autocast, batches, check_folder, device, fingerprint, pad, parse,
+                    require, require_numbers, runs_folder, sha256)
 from data.pairs import encode_pairs, ensure_pairs, label_scale, read_pairs
 from data.tokenizer import Tokenizer
 from model import load_run, response_logprobs, summed_logprobs
@@ -132,8 +133,13 @@ def train(config: Config) -> Path:
     tokens, lengths = pad([p.prompt + p.chosen for p in pairs] + [p.prompt + p.rejected for p in pairs], tokenizer.pad)
     prompt_lengths = torch.tensor([len(p.prompt) for p in pairs] * 2)
 
-    # ---- 2) reference log-probabilities, once: then the reference is needed no more ----------------------------------
-    ref_logprobs = summed_logprobs(ref, tokens, prompt_lengths, lengths, config.dtype)
+    # ---- 2) reference log-probabilities, once: of these weights and these pairs, for every beta and seed --------------
+    cache = base / "ref-logprobs" / f"{weights}-{sha256(path)[:16]}-{config.dtype}.pt"
+    if cache.exists():
+        ref_logprobs = torch.load(cache, weights_only=True)
+    else:
+        ref_logprobs = summed_logprobs(ref, tokens, prompt_lengths, lengths, config.dtype)
+        atomic_write(cache, lambda file: torch.save(ref_logprobs, file))
 
     # ---- 3) the policy starts as a copy of the reference -------------------------------------------------------------
     policy = copy.deepcopy(ref).train()

@@ -46,6 +46,7 @@ from model import load_run
 
 # steps between evaluations: (imdb or not, script)
 EVERY = {(False, "sft"): 25, (False, "dpo"): 25, (False, "ppo"): 5, (True, "sft"): 100, (True, "dpo"): 100, (True, "ppo"): 10}
+NAMED = ("alpha", "beta", "lr", "target_kl")  # what tells the settings of one method apart
 KLS = (1.0, 2.0, 4.0, 8.0)  # nats at which the table reads every method
 
 
@@ -53,6 +54,8 @@ KLS = (1.0, 2.0, 4.0, 8.0)  # nats at which the table reads every method
 class Config:
     dataset: str = "reviews"  # a folder of data/
     preset: str = "cpu"  # defaults for a machine: cpu, or gpu (imdb)
+    grid: Literal["paper", "why", "ablation"] = "paper"  # paper: every method; why: what keeps each from the optimum;
+    # ablation: what each part of PPO buys
     quick: bool = False  # one seed of a few settings
     seeds: int = 3  # runs of every setting
     workers: int = 0  # runs side by side; 0 = one for each core, or one on CUDA
@@ -65,21 +68,44 @@ class Config:
     def __post_init__(self) -> None:
         require_numbers(self, above_0="seeds", from_0="workers")
         base = Path(self.sft).parent if self.sft else runs_folder(self.dataset, self.preset)
-        self.out = self.out or str(base / ("frontier-quick" if self.quick else "frontier"))
+        name = "frontier" if self.grid == "paper" else f"frontier-{self.grid}"
+        self.out = self.out or str(base / (f"{name}-quick" if self.quick else name))
 
 
 # The paper's grid (section 6.1): beta of DPO, alpha of Unlikelihood, target KL of PPO; extended downwards, to where the
 # optimum lives. DPO's learning rate moves the KL as much as beta does, so it is in the grid, too, as multiples of the
 # preset's. PPO's first beta is near the one that gives its target in the end. What stands last is what --quick runs.
-PPO_TARGETS = [dict(target_kl=k, beta=round(0.4 / k, 3)) for k in (1, 2, 3, 6, 9, 12)]
-GRID = {
+PPO_TARGETS = [dict(target_kl=k, beta=round(0.4 / k**0.7, 3)) for k in (1, 2, 3, 6, 9, 12)]
+PAPER = {
     "Preferred-FT": (sft, [dict()], [dict()]),
     "Unlikelihood": (dpo, [dict(loss="unlikelihood", alpha=a) for a in (0.05, 0.1, 0.5, 1.0)], [dict(loss="unlikelihood", alpha=0.5)]),
     "DPO": (dpo, [dict(beta=b) for b in (0.05, 0.1, 0.3, 1.0, 5.0)] + [dict(beta=b, lr=x) for b in (0.1, 1.0) for x in (0.25, 4.0)],
             [dict(beta=b) for b in (0.1, 1.0)]),
-    "PPO": (ppo, [dict(reward="model", **t) for t in PPO_TARGETS], [dict(reward="model", **t) for t in PPO_TARGETS[:3:2]]),
-    "PPO-GT": (ppo, [dict(reward="gold", **t) for t in PPO_TARGETS], [dict(reward="gold", **t) for t in PPO_TARGETS[:3:2]]),
+    "PPO": (ppo, [dict(reward="model", **t) for t in PPO_TARGETS], [dict(reward="model", **t) for t in PPO_TARGETS[2:3]]),
+    "PPO-GT": (ppo, [dict(reward="gold", **t) for t in PPO_TARGETS], [dict(reward="gold", **t) for t in PPO_TARGETS[2:3]]),
 }
+# Why the others fall short of PPO-GT: one difference at a time. More pairs; labels without noise; the same pairs through a
+# reward model, so that the responses are the policy's own.
+MORE = 16_000  # prompts, ten times as many as the preset's
+WHY = {
+    "DPO": (dpo, [dict(beta=0.5)], [dict(beta=0.5)]),
+    "DPO, 10x pairs": (dpo, [dict(beta=0.5, prompts=MORE, evaluate_every=250)], []),
+    "DPO, noise-free labels": (dpo, [dict(beta=0.5, labels="argmax")], [dict(beta=0.5, labels="argmax")]),
+    "PPO": (ppo, [dict(beta=0.15)], [dict(beta=0.15)]),
+    "PPO, 10x pairs": (ppo, [dict(beta=0.15, prompts=MORE)], []),
+    "PPO-GT": (ppo, [dict(beta=0.15, reward="gold")], [dict(beta=0.15, reward="gold")]),
+}
+# What each part of PPO buys, on the gold reward: from REINFORCE with a baseline, one part after the other.
+GT = dict(beta=0.15, reward="gold")
+ABLATION = {
+    "REINFORCE, leave-one-out": (ppo, [dict(**GT, advantages="leave-one-out", samples=4, epochs=1)], []),
+    "REINFORCE, value network": (ppo, [dict(**GT, epochs=1)], []),
+    "PPO": (ppo, [GT], [GT]),
+    "PPO, no clipping": (ppo, [dict(**GT, clip=1e6, value_clip=1e6)], []),
+    "PPO, lam 0.95": (ppo, [dict(**GT, lam=0.95)], []),
+    "PPO, 4 epochs": (ppo, [dict(**GT, epochs=4)], []),
+}
+GRIDS = {"paper": PAPER, "why": WHY, "ablation": ABLATION}
 
 
 class Planned(NamedTuple):
@@ -95,7 +121,7 @@ class Planned(NamedTuple):
         default, flags = defaults(type(self.config), self.config.dataset, self.config.preset, **on), []
         for field in fields(self.config):
             value = getattr(self.config, field.name)
-            if value != getattr(default, field.name) or field.name in ("on", "out", "dataset") and value != field.default:
+            if value != getattr(default, field.name) or field.name in ("on", "out", "dataset", "preset") and value != field.default:
                 flags += ["--" + field.name.replace("_", "-")] + ([] if value is True else [str(value)])
         return [f"{self.script}.py", *flags]
 
@@ -104,18 +130,19 @@ def plan(config: Config, base: Path) -> list[Planned]:
     """Every run of the sweep; all settings with the first seed come first."""
     planned = []
     for seed in range(1 if config.quick else config.seeds):
-        for method, (module, whole, quick) in GRID.items():
+        for method, (module, whole, quick) in GRIDS[config.grid].items():
             for settings in quick if config.quick else whole:
                 settings = dict(settings)
                 if "lr" in settings:
                     settings["lr"] *= defaults(module.Config, config.dataset, config.preset).lr
-                setting = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in settings.items()
-                                    if not isinstance(value, str) and not (name == "beta" and "target_kl" in settings)) or "default"
+                setting = ", ".join(f"{name.replace('_', ' ')} {settings[name]:g}" for name in NAMED if name in settings
+                                    and not (name == "beta" and "target_kl" in settings)) or "default"
                 folder = Path(config.out) / f"{method}-{setting}-seed{seed}".lower().replace(", ", "-").replace(" ", "")
                 more = dict(on="chosen", init=str(base / "sft")) if module is sft else dict(sft=config.sft)
-                planned.append(Planned(method, setting, seed, module.__name__, defaults(
-                    module.Config, config.dataset, config.preset, **settings, **more, seed=seed, dtype=config.dtype, resume=True,
-                    evaluate_every=EVERY[config.dataset == "imdb", module.__name__], out=str(folder))))
+                settings = {"evaluate_every": EVERY[config.dataset == "imdb", module.__name__], **settings, **more, "seed": seed,
+                            "dtype": config.dtype, "resume": True, "out": str(folder)}
+                planned.append(Planned(method, setting, seed, module.__name__,
+                                       defaults(module.Config, config.dataset, config.preset, **settings)))
     return planned
 
 
@@ -285,15 +312,13 @@ def compare(lines: list[dict]) -> str:
     return text
 
 
-COLORS = {"Preferred-FT": "tab:olive", "Unlikelihood": "tab:brown", "DPO": "tab:blue", "PPO": "tab:orange", "PPO-GT": "tab:green"}
-
-
 def draw(rows: list[dict], bank: evaluate.Bank, dataset: str, folder: Path) -> None:
     """Left: the KLs where the optimum lives. Right: all of them. Every evaluation is a point, a method's best a line."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     curve, runs = evaluate.frontier(bank.rewards), by_run(rows)
+    colors = dict(zip(runs, ("tab:olive", "tab:brown", "tab:blue", "tab:orange", "tab:green", "tab:purple")))
     figure, axes = plt.subplots(1, 3, figsize=(17, 5.2), layout="constrained", width_ratios=(5, 5, 3))
     best = [(evaluate.best_of_n_kl(n), (evaluate.best_of_n_weights(bank.rewards, n) * bank.rewards).sum(1).mean().item())
             for n in (1, 2, 4, 8, 16, 32, 64) if n <= bank.rewards.shape[1] // 4]
@@ -304,14 +329,14 @@ def draw(rows: list[dict], bank: evaluate.Bank, dataset: str, folder: Path) -> N
         axis.plot(*zip(*best), "o--", color="gray", markersize=4, label="best of n (bound on its KL)")
         for method, settings in runs.items():
             points = [row for row in rows if row["method"] == method]
-            axis.plot([p["kl"] for p in points], [p["reward"] for p in points], ".", color=COLORS[method], markersize=3, alpha=0.35)
+            axis.plot([p["kl"] for p in points], [p["reward"] for p in points], ".", color=colors[method], markersize=3, alpha=0.35)
             grid = [limit * i / 100 for i in range(101)]
             line = [(kl, *found[:2]) for kl in grid if (found := best_at(settings, kl))]
             if line:
                 kl, reward, error = (torch.tensor(x) for x in zip(*line))
-                axis.plot(kl, reward, color=COLORS[method], linewidth=1.6, label=method)
+                axis.plot(kl, reward, color=colors[method], linewidth=1.6, label=method)
                 if not error.isnan().any():
-                    axis.fill_between(kl, reward - error, reward + error, color=COLORS[method], alpha=0.2, linewidth=0)
+                    axis.fill_between(kl, reward - error, reward + error, color=colors[method], alpha=0.2, linewidth=0)
         axis.set(xlabel=r"KL$(\\pi \\,\\|\\, \\pi_{ref})$, nats per response", xlim=(-0.02 * limit, limit))
     axes[0].set(ylabel="gold reward", title=f"{dataset}: where the optimum lives")
     axes[1].set(title="all evaluations")
@@ -341,9 +366,12 @@ def main(config: Config) -> None:
     ref, _ = load_run(sft_folder)
     tokenizer, weights = Tokenizer.load(sft_folder / "tokenizer.tiktoken"), fingerprint(ref.state_dict())
     gold = reward_model.ensure_gold(sft_folder, config.dataset, config.preset, config.dtype)
-    pairs = defaults(dpo.Config, config.dataset, config.preset)
-    ensure_pairs(base, config.dataset, config.preset, pairs.labels, ref, tokenizer, weights, gold)
-    ppo.learned_reward(ppo.Config(config.dataset, config.preset, sft=config.sft, dtype=config.dtype))
+    for run in planned:
+        if run.script != "ppo":
+            labels = getattr(run.config, "labels", defaults(dpo.Config, config.dataset, config.preset).labels)
+            ensure_pairs(base, config.dataset, config.preset, labels, ref, tokenizer, weights, gold, getattr(run.config, "prompts", 0))
+        elif run.config.reward == "model":
+            ppo.learned_reward(run.config)
     bank = evaluate.ensure_bank(base, config.dataset, config.preset, ref, tokenizer, weights, gold)
 
     # ---- 2) the runs -------------------------------------------------------------------------------------------------

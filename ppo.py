@@ -16,6 +16,15 @@ Its optimum is the same as DPO's: pi_ref(y|x) exp(r(x, y) / beta) / Z(x), Eq. 4 
     python ppo.py --reward gold --target-kl 1    # beta adapts until the KL is 1 nat
     python ppo.py --advantages leave-one-out --samples 4 --epochs 1          # REINFORCE, the baseline is the other samples' mean
 
+Differs from Ziegler et al. (2019) and Stiennon et al. (2020): lam = 1 for 0.95, and two passes over a batch for four (`python
+frontier.py --grid ablation` shows what that costs or buys); temperature 1, because the KL must be that of the policy that is
+sampled; the score lies on the <eos>, not one place behind it; policy and value network have an optimizer and a gradient norm
+each, so no coefficient weighs their losses; gradients are clipped; Adam's epsilon is 1e-8; a warm-up, in which the value
+network learns first; a tiny model, and so a larger learning rate. Scores are shifted and scaled to mean 0 and standard
+deviation 1 on responses of the reference, whatever the reward: beta means the same for all of them.
+
+Symbols: scores (B,), rewards (B, R) with the KL penalty in them, values V, logprobs (new), old_logprobs, ref_logprobs.
+
 Reads   the SFT policy, the reward model (both trained if they are missing), data/<dataset>/prepared/prompts_train.jsonl
 Writes  runs/<dataset>/ppo...-seed<seed>/ : log.jsonl, model.pt, evaluation.json, samples.jsonl, figure.png
 """
@@ -55,6 +64,7 @@ class Config:
     target_kl: float = 0.0  # nats a response to which beta adapts; 0 = beta stays as it is
     horizon: int = 2000  # episodes in which beta changes by as much as the KL is off, at most a fifth (Ziegler et al. 2019)
     missing_eos_penalty: float = 0.0  # taken off the score of a response that has no <eos>
+    prompts: int = 0  # prompts to sample the pairs of the reward model for, six pairs each; 0 = as many as the preset says
     sft: str = ""  # run folder of the SFT policy, if not runs/<dataset>/sft
     out: str = ""  # run folder, if not ppo-... beside the SFT policy
     steps: int = 50  # updates: a batch of new responses each
@@ -83,14 +93,15 @@ class Config:
 
     def __post_init__(self) -> None:
         require_numbers(self, above_0="beta horizon steps batch_size samples epochs minibatches micro_batch_size clip value_clip "
-                        "lr value_lr max_grad_norm", from_0="target_kl missing_eos_penalty seed evaluate_every checkpoint_every")
+                        "lr value_lr max_grad_norm", from_0="target_kl prompts missing_eos_penalty seed evaluate_every checkpoint_every")
         for name in ("gamma", "lam"):
             require(0 <= getattr(self, name) <= 1, f"--{name} {getattr(self, name)}: must be in [0, 1]")
         require(self.batch_size % self.samples == 0, f"--batch-size {self.batch_size}: must be a multiple of --samples {self.samples}")
         require(self.batch_size >= self.minibatches, f"--minibatches {self.minibatches}: more than --batch-size {self.batch_size}")
+        require(self.reward == "model" or not self.prompts, "--prompts: needs --reward model")
         require(self.advantages == "gae" or self.samples > 1, "--advantages leave-one-out: needs --samples 2 or more")
         base = Path(self.sft).parent if self.sft else runs_folder(self.dataset, self.preset)
-        kind = {"model": "", "gold": "-gt"}.get(self.reward, "-" + self.reward.rpartition(":")[2].replace("/", "-"))
+        kind = {"model": f"-{self.prompts}" if self.prompts else "", "gold": "-gt"}.get(self.reward, "-" + self.reward.rpartition(":")[2].replace("/", "-"))
         leash = f"kl{self.target_kl:g}" if self.target_kl else f"beta{self.beta:g}"
         name = "ppo" if self.advantages == "gae" else "rloo"
         self.out = self.out or str(base / f"{name}{kind}-{leash}-seed{self.seed}")
@@ -207,7 +218,8 @@ def user_reward(name: str) -> evaluate.GoldReward:
 
 def learned_reward(config: Config) -> Path:
     """The run of the reward model on the pairs; trained if it is missing."""
-    settings = defaults(reward_model.Config, config.dataset, config.preset, sft=config.sft, dtype=config.dtype, resume=True)
+    settings = defaults(reward_model.Config, config.dataset, config.preset, prompts=config.prompts, sft=config.sft,
+                        dtype=config.dtype, resume=True)
     return Path(settings.out) if finished(settings) else reward_model.train(settings)
 
 
@@ -285,9 +297,9 @@ def train(config: Config) -> Path:
     for step in bar:
         if config.evaluate_every and step % config.evaluate_every == 0:
             evaluate.along(run, step, policy, ref, tokenizer, bank, gold)
-        for optimizer, lr in zip(optimizers, (config.lr, config.value_lr)):
+        for optimizer, lr in zip(optimizers, (config.lr * min(1, (step + 1) / config.warmup), config.value_lr)):
             for group in optimizer.param_groups:
-                group["lr"] = lr * (1 - step / config.steps) * (min(1, (step + 1) / config.warmup) if lr == config.lr else 1)
+                group["lr"] = lr * (1 - step / config.steps)
 
         # ---- 3) roll out: sample responses and score them ------------------------------------------------------------
         rows = next(order).repeat_interleave(config.samples)
@@ -354,20 +366,23 @@ def train(config: Config) -> Path:
                     optimizer.zero_grad(set_to_none=True)
 
         # ---- 7) log; beta adapts -------------------------------------------------------------------------------------
-        kl = (old_logprobs - ref_logprobs).sum(1)  # both 0 outside the mask
-        loss, v_loss, approx_kl, clipped, ratio, ratio2 = torch.stack(stats).mean(0).tolist()
-        run.log(step=step, scores=scores.mean().item(), raw_scores=raw.mean().item(), kl=kl.mean().item(),
-                kl_se=(kl.std() / math.sqrt(len(kl))).item(), beta=beta,
-                objective=(scores - beta * kl).mean().item(), entropy=-(old_logprobs * mask).sum(1).mean().item(),
-                loss=loss, approx_kl=approx_kl, clip_fraction=clipped, ratio=ratio, ratio_std=max(0, ratio2 - ratio**2)**0.5,
-                **({"value_loss": v_loss, "explained_variance":
-                    1 - ((returns - values)[mask].var() / returns[mask].var().clamp(min=1e-8)).item()} if value else {}),
-                grad_norm=norms[0], eos_rate=ended.float().mean().item(), length=mask.sum(1).float().mean().item(),
-                distinct=len(set(responses)) / len(responses), lr=optimizers[0].param_groups[0]["lr"])
-        warn(run, step, responses, ended.float().mean().item())
+        per_response = {"scores": scores, "raw_scores": raw, "kl": (old_logprobs - ref_logprobs).sum(1),
+                        "entropy": -old_logprobs.sum(1), "length": mask.sum(1).float(), "eos_rate": ended.float()}
+        row = {"step": step, "beta": beta, **{key: x.mean().item() for key, x in per_response.items()}}
+        row |= {"kl_se": (per_response["kl"].std() / math.sqrt(len(rows))).item(),
+                "objective": row["scores"] - beta * row["kl"], "distinct": len(set(responses)) / len(responses)}
+        names = ("loss", "value_loss", "approx_kl", "clip_fraction", "ratio", "ratio_square")
+        row |= dict(zip(names, torch.stack(stats).mean(0).tolist()))  # means over tokens, then over all minibatches
+        row["ratio_std"] = math.sqrt(max(0, row.pop("ratio_square") - row["ratio"] ** 2))
+        if value:
+            row["explained_variance"] = 1 - ((returns - values)[mask].var() / returns[mask].var().clamp(min=1e-8)).item()
+        else:
+            del row["value_loss"]
+        run.log(**row, grad_norm=norms[0], lr=optimizers[0].param_groups[0]["lr"])
+        warn(run, step, responses, row["eos_rate"])
         if config.target_kl:
-            networks.beta.fill_(adapted(beta, kl.mean().item(), config.target_kl, config.horizon, len(rows)))
-        bar.set_postfix_str(f"score {raw.mean():.3f}, KL {kl.mean():.2f}, beta {beta:.3f}")
+            networks.beta.fill_(adapted(beta, row["kl"], config.target_kl, config.horizon, len(rows)))
+        bar.set_postfix_str(f"score {row['raw_scores']:.3f}, KL {row['kl']:.2f}, beta {beta:.3f}")
         run.checkpoint(step + 1)
     if config.evaluate_every:
         evaluate.along(run, config.steps, policy, ref, tokenizer, bank, gold)

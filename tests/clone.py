@@ -21,7 +21,7 @@ from data.reviews.grammar import gold_reward, sample_review
 from data.tokenizer import train_bpe
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("sft", "reward_model", "dpo", "evaluate")
+SCRIPTS = ("sft", "reward_model", "dpo", "ppo", "evaluate")
 TINY = "--n-layer 1 --n-embd 32 --n-head 2 --batch-size 8 --steps 80 --warmup 5 --lr 2e-2".split()  # an SFT policy
 
 
@@ -85,7 +85,8 @@ def run_here(root: Path, cwd: Path, script: str, *argv: str) -> int | str | None
             if script == "evaluate":
                 module.main([*map(str, argv)])
             else:
-                module.train(common.parse(module.Config, module.__doc__, [*map(str, argv)]))
+                config = common.parse(module.Config, module.__doc__, [*map(str, argv)])
+                module.main(config) if script == "frontier" else module.train(config)
         except SystemExit as stop:
             return stop.code
     return 0

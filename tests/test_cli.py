@@ -23,6 +23,7 @@ import torch
 import clone
 import common
 import dpo
+import ppo
 import reward_model
 import sft
 from data.tokenizer import Tokenizer
@@ -30,7 +31,7 @@ from model import load_run
 from clone import root  # noqa: F401  (a fixture)
 from test_faults import tree
 
-ALGORITHMS = {"sft": sft, "reward_model": reward_model, "dpo": dpo}
+ALGORITHMS = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "ppo": ppo}
 SOURCES = [*clone.ROOT.glob("*.py"), *clone.ROOT.glob("data/*.py"), *clone.ROOT.glob("data/*/*.py")]
 ROW = {"prompt": "The film was", "chosen": " good.", "rejected": " bad."}
 
@@ -45,6 +46,7 @@ def work(root, tmp_path_factory) -> Path:
     assert run("sft", *clone.TINY) == 0
     assert run("reward_model", "--sft", "runs/reviews/sft", "--pairs", "pairs.jsonl") == 0
     assert run("dpo", "--sft", "runs/reviews/sft", "--pairs", "pairs.jsonl") == 0
+    assert run("ppo", "--sft", "runs/reviews/sft", "--reward", "gold", "--steps", "2", "--batch-size", "8") == 0
 
     def altered(name: str, change) -> None:
         shutil.copytree(runs / "sft", runs / name)
@@ -60,6 +62,11 @@ def work(root, tmp_path_factory) -> Path:
     (runs / "truncated/model.pt").write_bytes((runs / "sft/model.pt").read_bytes()[:5000])
     shutil.copytree(runs / "sft", runs / "no-tokenizer")
     (runs / "no-tokenizer/tokenizer.tiktoken").write_text("nothing\n")
+    shutil.copytree(runs / "reward-model", runs / "short-reward")
+    state = torch.load(runs / "reward-model/model.pt", weights_only=True)
+    state["model"]["gpt.wpe.weight"] = state["model"]["gpt.wpe.weight"][:20].clone()
+    state["architecture"]["block_size"] = 20
+    torch.save(state, runs / "short-reward/model.pt")
     shutil.copytree(runs / "dpo-own-beta0.1-seed0", work / "runs/imdb/dpo")
     (work / "runs/imdb/dpo/config.json").write_text(json.dumps({"dataset": "imdb", "preset": "cpu", "sft": "runs/imdb/sft"}))
     (work / "a file").write_text("")
@@ -129,6 +136,24 @@ def test_ranges_of_dpo(argv, expected, refused):
     assert expected in refused("dpo", *argv)
 
 
+@pytest.mark.parametrize("argv, expected", [
+    (["--beta", "0"], "--beta 0.0: must be > 0"), (["--target-kl", "-1"], "--target-kl -1.0: must be >= 0"),
+    (["--gamma", "1.01"], "--gamma 1.01: must be in [0, 1]"), (["--lam", "-0.1"], "--lam -0.1: must be in [0, 1]"),
+    (["--clip", "0"], "--clip 0.0: must be > 0"), (["--value-clip", "0"], "--value-clip 0.0: must be > 0"),
+    (["--warmup", "0"], "--warmup 0: must be > 0"), (["--epochs", "0"], "--epochs 0: must be > 0"),
+    (["--batch-size", "12", "--samples", "5"], "--batch-size 12: must be a multiple of --samples 5"),
+    (["--batch-size", "4", "--samples", "8"], "--batch-size 4: must be a multiple of --samples 8"),
+    (["--batch-size", "4", "--minibatches", "5"], "--minibatches 5: more than --batch-size 4"),
+    (["--minibatches", "61", "--reward", "gold", "--sft", "runs/reviews/sft", "--out", "new-ppo"], "--minibatches 61: "),
+    (["--advantages", "leave-one-out"], "--advantages leave-one-out: needs --samples 2 or more"),
+    (["--advantages", "loo"], "argument --advantages: invalid choice: 'loo'"),
+    # the change of beta in a batch is at most a fifth of batch / horizon: from 1 on, beta would be 0 or negative
+    (["--horizon", "10", "--batch-size", "64", "--target-kl", "1"], "--horizon 10: ")])
+def test_ranges_of_ppo(argv, expected, refused):
+    """Of 60 prompts a batch is at most 60, which cannot be cut into 61."""
+    assert expected in refused("ppo", *argv)
+
+
 def test_ranges_elsewhere(refused):
     assert "n_embd 30 is not a multiple of n_head 4" in refused("sft", "--n-embd", "30", "--out", "new")
     assert "--block-size 2: must be > 2" in refused("sft", "--block-size", "2")
@@ -142,6 +167,7 @@ def test_a_flag_that_would_be_ignored_is_refused(refused):
     """--pairs without --on chosen would train on documents for an hour, and never open the file."""
     assert "--pairs: needs --on chosen" in refused("sft", "--pairs", "pairs.jsonl")
     assert "--pairs: needs --on pairs" in refused("reward_model", "--on", "labels", "--pairs", "pairs.jsonl")
+    assert "--evaluate-every: needs --on chosen" in refused("sft", "--evaluate-every", "5")
 
 
 # ---- pairs -----------------------------------------------------------------------------------------------------------
@@ -232,7 +258,7 @@ def test_pairs_that_look_odd_and_are_legal(root, work, tmp_path, capsys):
     ("unfinished", "runs/reviews/unfinished: no finished run there (no model.pt); it was stopped: go on with --resume"),
     ("truncated", "runs/reviews/truncated/model.pt: cannot be read ("),
     ("no-tokenizer", "runs/reviews/no-tokenizer/tokenizer.tiktoken: not a tokenizer file")])
-@pytest.mark.parametrize("script", ["dpo", "reward_model", "sft"])
+@pytest.mark.parametrize("script", ["dpo", "ppo", "reward_model", "sft"])
 def test_a_policy_that_cannot_be_started_from(script, run, expected, refused):
     """Another kind, task or vocabulary, unfinished or damaged: it says which, and what it expected."""
     if script == "sft":
@@ -252,7 +278,8 @@ def test_an_init_that_is_no_checkpoint(refused):
 def test_a_run_folder_that_is_taken(script, root, work, tmp_path):
     """Other settings are named, one by one; an unfinished run needs --resume; and both are said before work is done."""
     folder = tmp_path / "taken"
-    source = {"sft": "sft", "reward_model": "reward-model", "dpo": "dpo-own-beta0.1-seed0"}[script]
+    source = {"sft": "sft", "reward_model": "reward-model", "dpo": "dpo-own-beta0.1-seed0",
+              "ppo": "ppo-gt-beta0.1-seed0"}[script]
     shutil.copytree(work / "runs/reviews" / source, folder)
     settings = json.loads((folder / "config.json").read_text())
     same = [word for name, value in settings.items()
@@ -337,12 +364,106 @@ def test_evaluate_takes_the_reference_that_the_run_was_trained_from(root, work, 
     assert "policy was trained with tokenizer '" in clone.run_here(root, tmp_path, "evaluate", "a/run")
 
 
+# ---- a reward of one's own -------------------------------------------------------------------------------------------
+
+def own(folder: Path, body: str) -> str:
+    """own.py:f of a file in this folder whose function f has this body, from its third line on."""
+    (folder / "own.py").write_text(f"import torch\ndef f(prompts, responses):\n    {body}\n")
+    return f"{folder / 'own.py'}:f"
+
+
+@pytest.mark.parametrize("body", ["return [1, -0.5]", "return (1.0, -0.5)", "return torch.tensor([1.0, -0.5]).double()",
+                                  "return torch.tensor([1.0, -0.5]).numpy()", "return list(torch.tensor([1.0, -0.5]).numpy())",
+                                  "return (x for x in (1, -0.5))"])
+def test_what_a_reward_may_return(body, tmp_path):
+    reward = ppo.user_reward(own(tmp_path, body))(["a", "b"], ["c", "d"])
+    assert reward.tolist() == [1, -0.5] and reward.dtype == torch.float32
+
+
+BAD_RETURNS = {  # body of the function: what is said behind its name
+    "return [1.0]": "returned 1 numbers for 2 responses", "return [1.0] * 3": "returned 3 numbers for 2 responses",
+    "return [1.0, None]": "returned None for response 1 ('d'), expected a finite number",
+    "return ['1', 1]": "returned '1' for response 0 ('c'), expected a finite number",
+    "return [1.0, float('nan')]": "returned nan for response 1", "return [float('inf'), 1]": "returned inf for response 0",
+    "return [1.0, 1e300]": "returned 1e+300 for response 1",  # too large for fp32
+    "return [True, False]": "returned True for response 0", "return torch.ones(2, 1)": "returned [1.0] for response 0",
+    "pass": "None", "return 0.5": "", "return torch.tensor(0.5)": "",
+    "return [1.0 / 0] * 2": "ZeroDivisionError: float division by zero ({file}, line 3)",
+    "raise ValueError('a line\\nand another')": "ValueError: a line"}
+
+
+@pytest.mark.parametrize("body", BAD_RETURNS)
+def test_a_reward_that_returns_no_numbers(body, tmp_path):
+    """One line says what came back, or what was raised and where. True is no number."""
+    name = own(tmp_path, body)
+    with pytest.raises(SystemExit) as stop:
+        ppo.user_reward(name)(["a", "b"], ["c", "d"])
+    said = str(stop.value)
+    assert said.startswith(f"error: --reward {name}: ") and "\n" not in said, said
+    assert BAD_RETURNS[body].replace("{file}", str(tmp_path / "own.py")) in said.removeprefix(f"error: --reward {name}"), said
+
+
+BAD_REWARDS = {  # what is given: what is said behind it
+    "nope": "expected model, gold, the folder of a reward model's run, or FILE.py:function",
+    "nope.py:f": "expected model, gold", "own.py": "expected model, gold", "words.txt:f": "expected model, gold",
+    "own.py:g": "own.py has no function 'g'", "own.py:number": "own.py has no function 'number'",
+    "broken.py:f": "broken.py cannot be loaded (SyntaxError: ",
+    "wishful.py:f": "wishful.py cannot be loaded (ModuleNotFoundError: No module named 'nothing_of_this_name')",
+    "own.py:one": "returned 1 numbers for ", "own.py:nothing": "returned None for response 0",
+    "own.py:undefined": "NameError: name 'scores' is not defined ("}
+
+
+@pytest.mark.parametrize("name", BAD_REWARDS)
+def test_a_bad_reward_is_refused_before_anything_is_trained(name, root, tmp_path, monkeypatch):
+    """Where no SFT policy is there yet, none is trained for it: a function is tried before. And nothing is written."""
+    monkeypatch.setattr(sft, "train", lambda config: pytest.fail("too early"))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    for file, text in {"own.py": "number = 1\none = lambda p, r: [1.0]\nnothing = lambda p, r: [None] * len(r)\n"
+                       "undefined = lambda p, r: scores(r)\n", "broken.py": "def f(:\n", "words.txt": "a\n",
+                       "wishful.py": "import nothing_of_this_name\n"}.items():
+        (tmp_path / file).write_text(text)
+    before = tree(tmp_path)
+    said = clone.run_here(root, tmp_path, "ppo", "--reward", name)
+    assert said.startswith(f"error: --reward {name}: ") and BAD_REWARDS[name] in said and "\n" not in said
+    assert tree(tmp_path) == before
+
+
+def test_a_reward_that_fails_later_stops_the_run(root, work, tmp_path):
+    """Such as one whose service is gone after a while: one line, and no model."""
+    name = own(tmp_path, "calls.append(0)\n    return [1.0 if len(calls) < 5 else None] * len(responses)\ncalls = []")
+    said = clone.run_here(root, tmp_path, "ppo", "--sft", work / "runs/reviews/sft", "--reward", name, "--batch-size", "8",
+                          "--out", "run")
+    assert said.startswith(f"error: --reward {name}: returned None for response 0 (") and "\n" not in said
+    assert common.load_checkpoint(tmp_path / "run/checkpoint.pt") is None and not (tmp_path / "run/model.pt").exists()
+
+
+def test_a_reward_whose_file_has_changed_is_another_one(root, work, tmp_path):
+    """As with a pairs file: to go on with it, or to pass for its result, would be to mix two rewards under one name."""
+    command = ["ppo", "--sft", work / "runs/reviews/sft", "--steps", "1", "--batch-size", "8", "--out", "run", "--reward"]
+    assert clone.run_here(root, tmp_path, *command, own(tmp_path, "return [float(len(r)) for r in responses]")) == 0
+    before = tree(tmp_path / "run")
+    said = clone.run_here(root, tmp_path, *command, own(tmp_path, "return [-float(len(r)) for r in responses]"))
+    assert isinstance(said, str) and "run was made with other settings: built_from was" in said
+    assert tree(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("run, expected", [
+    ("sft", "model.pt holds a GPT, expected a ScalarModel"), ("unfinished", "no finished run there (no model.pt)"),
+    ("truncated", "model.pt: cannot be read ("), ("other-task", "model.pt holds a GPT"), ("nope", "expected model, gold"),
+    ("short-reward", "block")])
+def test_a_reward_model_that_cannot_be_used(run, expected, refused):
+    """Of another kind, unfinished, damaged, or with room for fewer tokens than the policy writes."""
+    said = refused("ppo", "--sft", "runs/reviews/sft", "--out", "new", "--reward", f"runs/reviews/{run}")
+    assert f"runs/reviews/{run}" in said and expected in said
+
+
 # ---- real processes --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("script, argv, expected", [
     ("sft", ["--lr", "nan"], "error: --lr nan: must be > 0 and finite"),
     ("reward_model", ["--pairs", "nope.jsonl"], "error: nope.jsonl: no such pairs file"),
     ("dpo", ["--nope"], "error: unrecognized arguments: --nope (see --help)"),
+    ("ppo", ["--samples", "3"], "error: --batch-size 256: must be a multiple of --samples 3"),
     ("evaluate", [], "error: the following arguments are required: run (see --help)")])
 def test_a_real_process_says_one_line_and_exits_1_at_once(script, argv, expected, root, tmp_path):
     """As a shell sees it: nothing on stdout, one line on stderr, status 1; and in under 2 s of processor time, nearly all
@@ -361,7 +482,8 @@ def test_a_real_process_says_one_line_and_exits_1_at_once(script, argv, expected
 
 def test_import_draws_in_no_library_that_only_some_runs_need():
     """--help and every mistake wait for the imports, so figures and GPT-2 weights are imported where they are used."""
-    program = "import sys, sft, reward_model, dpo, evaluate; print(*{name.split('.')[0] for name in sys.modules})"
+    program = ("import sys, sft, reward_model, dpo, ppo, evaluate, frontier\n"
+               "print(*{name.split('.')[0] for name in sys.modules})")
     modules = subprocess.run([sys.executable, "-c", program], cwd=clone.ROOT, capture_output=True, text=True, check=True,
                              env=clone.environment()).stdout.split()
     assert "torch" in modules and not {"matplotlib", "transformers", "safetensors", "pandas", "datasets", "PIL"} & set(modules)
@@ -388,7 +510,7 @@ def test_help_shows_every_flag_with_reason_and_default(script, dataset, capsys):
         default = {**dataclasses.asdict(common.defaults(config, dataset)), "out": ""}[field.name]
         assert len(reasons[field.name]) > 3, f"{field.name} has no reason"
         flag, text = field.name.replace("_", "-"), f"{reasons[field.name]}[{default if default != '' else 'none'}]"
-        assert re.search(rf"--{flag}(STR|INT|FLOAT|{{[\w,]+}})?{re.escape(packed(text))}", shown), field.name
+        assert re.search(rf"--{flag}(STR|INT|FLOAT|{{[\w,-]+}})?{re.escape(packed(text))}", shown), field.name
 
 
 @pytest.mark.parametrize("prepare", [*clone.ROOT.glob("data/*/prepare.py")], ids=lambda path: path.parent.name)
@@ -397,7 +519,7 @@ def test_the_scripts_can_prepare_every_dataset(prepare):
     inspect.signature(importlib.import_module(f"data.{prepare.parent.name}.prepare").prepare).bind(out=Path())
 
 
-@pytest.mark.parametrize("script", ["sft", "reward_model", "dpo", "evaluate", "data/reviews/prepare", "data/imdb/prepare"])
+@pytest.mark.parametrize("script", [*clone.SCRIPTS, "frontier", "data/reviews/prepare", "data/imdb/prepare"])
 def test_help_of_every_script_exits_0_and_does_nothing(script, root, tmp_path, monkeypatch, capsys):
     """Asking what a script does must not do it."""
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
@@ -430,10 +552,10 @@ def reads(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("script", ALGORITHMS)
+@pytest.mark.parametrize("script", [*ALGORITHMS, "frontier"])
 def test_no_dead_flags(script):
     """A flag that nothing reads is the commonest defect of this field's code: it is set, believed and ignored."""
-    fields = {field.name for field in dataclasses.fields(ALGORITHMS[script].Config)}
+    fields = {field.name for field in dataclasses.fields(importlib.import_module(script).Config)}
     by_run = reads(clone.ROOT / "common.py") & {"resume", "out", "checkpoint_every"}
     assert fields - reads(clone.ROOT / f"{script}.py") - by_run == set()
 

@@ -4,6 +4,7 @@ import inspect
 import itertools
 import math
 import re
+import time
 import tokenize
 from io import StringIO
 from typing import ClassVar, Literal
@@ -12,9 +13,11 @@ import pytest
 import torch
 
 import dpo
+import frontier
+import ppo
 import reward_model
 import sft
-from common import (adamw, autocast, batches, comments, defaults, fingerprint, generator, pad, parse, preset_of, require,
+from common import (Run, adamw, autocast, batches, comments, defaults, fingerprint, generator, pad, parse, preset_of, require,
                     warmup_cosine)
 from conftest import tiny_gpt
 from model import GPTConfig, ScalarModel
@@ -142,6 +145,47 @@ def test_autocast_is_off_on_a_cpu_unless_asked_for():
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
+# ---- the run folder: what kills, full disks and damaged files do to it is in test_faults.py ----------------------------
+
+@dataclasses.dataclass
+class Settings:
+    out: str
+    resume: bool = False
+    checkpoint_every: float = 0.0
+
+
+def test_the_seconds_of_a_resumed_run_are_those_of_all_its_parts(tmp_path, monkeypatch):
+    """100 s up to the last checkpoint of the first part, 30 s up to that of the second, 7 s in the third; what came after a
+    checkpoint is lost and done again, and the hours in between count for nothing."""
+    now, model = 5000.0, tiny_gpt()
+    monkeypatch.setattr(time, "time", lambda: now)
+    for step, seconds in enumerate((100, 30), 1):
+        run = Run(Settings(str(tmp_path), resume=step > 1), model, [], {})
+        now += seconds
+        run.checkpoint(step)
+        now += 3600  # killed an hour later, without another checkpoint
+    run = Run(Settings(str(tmp_path), resume=True), model, [], {})
+    now += 7
+    assert run.step == 2 and run.seconds() == 137
+    run.finish()
+    run = Run(Settings(str(tmp_path)), model, [], {})  # from the start again
+    assert run.seconds() == 0
+    run.finish()
+
+
+def test_the_model_that_is_kept_may_be_a_part_of_what_is_trained(tmp_path):
+    """A checkpoint holds both networks and restores both; model.pt holds the one named, and what describes it."""
+    both = torch.nn.ModuleDict({"policy": tiny_gpt(seed=1), "value": tiny_gpt(seed=2)})
+    Run(Settings(str(tmp_path)), both, [], {}).checkpoint(3)
+    again = torch.nn.ModuleDict({"policy": tiny_gpt(seed=3), "value": tiny_gpt(seed=4)})
+    run = Run(Settings(str(tmp_path), resume=True), again, [], {})
+    assert run.step == 3 and fingerprint(again.state_dict()) == fingerprint(both.state_dict())
+    run.finish(again["policy"], kind="GPT")
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert saved["kind"] == "GPT" and fingerprint(saved["model"]) == fingerprint(both["policy"].state_dict())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "log.jsonl", "model.pt"]
+
+
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
@@ -196,7 +240,7 @@ def test_presets_change_defaults_and_flags_change_presets():
         assert parsed("--dataset", "imdb", "--preset", "gpu", *argv) == defaults(Config, "imdb", "gpu", **settings)
 
 
-@pytest.mark.parametrize("module", [sft, reward_model, dpo])
+@pytest.mark.parametrize("module", [sft, reward_model, dpo, ppo, frontier])
 def test_every_preset_is_a_valid_config(module):
     fields = {field.name for field in dataclasses.fields(module.Config)}
     for (dataset, preset, *on), values in module.Config.PRESETS.items():
@@ -219,7 +263,7 @@ def comments_by_tokenizer(cls):
     return found
 
 
-@pytest.mark.parametrize("cls", [Config, sft.Config, reward_model.Config, dpo.Config])
+@pytest.mark.parametrize("cls", [Config, sft.Config, reward_model.Config, dpo.Config, ppo.Config, frontier.Config])
 def test_help_shows_every_field_with_its_reason_and_default(cls, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "500")  # no line is broken
     with pytest.raises(SystemExit) as stop:

@@ -13,8 +13,9 @@ from common import adamw, batches, pad, sha256
 from conftest import every_response, log_of, naive_logprobs, tiny_gpt
 from data.pairs import encode_pairs, read_pairs
 from data.tokenizer import Tokenizer
-from dpo import dpo_loss
+from dpo import dpo_loss, unlikelihood_loss
 from model import load_run, response_logprobs, summed_logprobs
+from ppo import compute_gae, compute_rewards, policy_loss
 from reward_model import reward_loss
 
 BETAS = [0.05, 0.1, 1.0, 5.0]
@@ -72,6 +73,15 @@ def test_label_smoothing_is_least_at_the_log_odds_of_a_right_label(e):
     loss.sum().backward()
     assert abs(best.grad.item()) < 1e-15
     assert loss.item() == pytest.approx(-(1 - e) * math.log(1 - e) - e * math.log(e), abs=1e-14) and (losses >= loss).all()
+
+
+def test_unlikelihood_by_hand_and_its_gradient():
+    """alpha = 0.5: 3 - 2.5 and 2 - 20. The gradient is -1 for the chosen log-probability and alpha for the rejected one,
+    however far the pair has been learned: no sigmoid stops it."""
+    assert unlikelihood_loss(torch.tensor([-3.0, -2.0]), torch.tensor([-5.0, -40.0]), 0.5).tolist() == [0.5, -18]
+    chosen, rejected, *_ = random_logprobs()
+    found = torch.autograd.grad(unlikelihood_loss(chosen, rejected, 0.3).sum(), (chosen, rejected))
+    torch.testing.assert_close(found, (torch.full_like(chosen, -1), torch.full_like(chosen, 0.3)), rtol=0, atol=0)
 
 
 # ---- where it ends: everything enumerated ----------------------------------------------------------------------------
@@ -137,16 +147,36 @@ def best_policy_by_ascent(ref, r, beta):
     return theta.log_softmax(1)
 
 
+def ppo_policy(ref, r, beta):
+    """log pi (2, 6) by PPO's own rewards, advantages and clipped loss, four steps on every batch. A response is one token; a
+    batch has each as often as the old policy gives it, and values are exact. Steps are natural gradients, as above."""
+    theta, one_token = ref.clone(), torch.ones(PROMPTS * RESPONSES, 1, dtype=torch.bool)
+    for _ in range(400):
+        old = theta.log_softmax(1)
+        rewards = compute_rewards(r.flatten(), old.view(-1, 1), ref.view(-1, 1), one_token, beta)
+        values = (old.exp() * rewards.view_as(old)).sum(1, keepdim=True).expand_as(old).reshape(-1, 1)
+        advantages, _ = compute_gae(rewards, values, one_token, 1.0, 0.95)
+        for _ in range(4):
+            theta.requires_grad_()
+            logprobs = theta.log_softmax(1)
+            losses, _ = policy_loss(logprobs.view(-1, 1), old.view(-1, 1), advantages, one_token, 0.2)
+            gradient = torch.autograd.grad((old.exp() * losses.view_as(old)).sum(), theta)[0]
+            theta = (theta - 0.25 / beta * gradient / logprobs.exp()).detach()
+    return theta.log_softmax(1)
+
+
 @pytest.mark.parametrize("beta", BETAS)
 def test_all_roads_lead_to_the_same_policy(world, beta):
     """DPO on Bradley-Terry pairs; a reward model fitted to them and then optimised; gradient ascent of E[r] - beta KL with
-    the true reward: all three end at pi_ref exp(r / beta) / Z."""
+    the true reward; PPO with the true reward, and with the fitted one: all end at pi_ref exp(r / beta) / Z."""
     ref, r, preferred = world
     expected, best = optimum(ref, r, beta)
     for logprobs in (dpo_policy(ref, preferred, beta),
                      optimum(ref, fitted_reward(preferred), beta)[0],
                      best_policy_by_ascent(ref, fitted_reward(preferred), beta),
-                     best_policy_by_ascent(ref, r, beta)):
+                     best_policy_by_ascent(ref, r, beta),
+                     ppo_policy(ref, fitted_reward(preferred), beta),
+                     ppo_policy(ref, r, beta)):
         torch.testing.assert_close(logprobs.exp(), expected.exp(), rtol=0, atol=1e-6)
         torch.testing.assert_close(objective(logprobs, ref, r, beta), best, rtol=0, atol=1e-9)
         # Eq. 5: there the implicit reward is the true one, but for a constant a prompt
@@ -211,6 +241,17 @@ def test_an_identical_pair_teaches_nothing_but_adam_moves_all_the_same():
     assert max((p - before[name]).abs().max().item() for name, p in policy.named_parameters()) > 1e-5
 
 
+def test_an_identical_pair_teaches_unlikelihood_unless_alpha_is_1():
+    """The gradient is (alpha - 1) grad log pi of the response that both are, and nothing but rounding where alpha = 1."""
+    policy, row = tiny_gpt(n_embd=32, size=0.2), [1, 4, 5, 6, 7, 8, 2]
+    tokens, prompt_lengths, lengths = torch.tensor([row, row]), torch.tensor([3, 3]), torch.tensor([7, 7])
+    own = torch.autograd.grad(naive_logprobs(policy, row[:3], row[3:]).sum(), policy.parameters())
+    for alpha in (0.0, 0.5, 1.0):
+        chosen, rejected = response_logprobs(policy, tokens, prompt_lengths, lengths).sum(1)
+        found = torch.autograd.grad(unlikelihood_loss(chosen, rejected, alpha), policy.parameters())
+        torch.testing.assert_close(found, tuple((alpha - 1) * g for g in own), rtol=1e-4, atol=1e-6)
+
+
 # ---- the training loop -----------------------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -252,6 +293,41 @@ def test_first_step_is_the_definition(small_run, sft_run, pairs_file, gradients)
         logged = [first["chosen_logprobs"], first["rejected_logprobs"]]
         assert logged == pytest.approx(torch.tensor(sums).mean(0).tolist(), abs=1e-3)
         assert first["grad_norm"] == pytest.approx(math.sqrt(sum(g.square().sum().item() for g in expected)), rel=1e-4)
+
+
+def test_first_step_of_unlikelihood_is_the_definition(small_run, sft_run, pairs_file, gradients):
+    """The mean over 12 pairs of -log pi(y_w|x) + alpha log pi(y_l|x), one unpadded row at a time, whether 12 run at once or as
+    5, 5 and 2; and the table names the method."""
+    policy, _ = load_run(sft_run)
+    tokenizer = Tokenizer.load(sft_run / "tokenizer.tiktoken")
+    pairs = encode_pairs(read_pairs(pairs_file), tokenizer, policy.config.block_size, pairs_file)
+    longest = torch.tensor([len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs])
+    loss = 0.0
+    for i in next(batches(longest[:76], 12, seed=3)).tolist():
+        chosen, rejected = (naive_logprobs(policy, pairs[i].prompt, r).sum() for r in (pairs[i].chosen, pairs[i].rejected))
+        loss = loss + (-chosen + 0.3 * rejected) / 12
+    loss.backward()
+    for micro_batch_size in (0, 5):
+        gradients.clear()
+        rows, folder = small_run(loss="unlikelihood", alpha=0.3, seed=3, micro_batch_size=micro_batch_size)
+        torch.testing.assert_close(gradients[0], [p.grad for p in policy.parameters()], rtol=1e-4, atol=2e-4)
+        assert rows[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert "Unlikelihood alpha 0.3" in json.loads((folder / "evaluation.json").read_text())["table"]
+
+
+def test_unlikelihood_has_no_reference_and_no_beta(small_run, monkeypatch):
+    """Another beta, or noise in place of the reference's log-probabilities: other implicit rewards in the log, but the same
+    losses and the same weights, bit by bit. Another alpha is another policy, and DPO's reference does count."""
+    def end(**settings):
+        rows, folder = small_run(**settings)
+        return ([row["loss"] for row in rows[:-1]], sha256(folder / "model.pt")), rows[-2]["margin"]
+    plain, margin = end(loss="unlikelihood")
+    found = [end(loss="unlikelihood", beta=5.0), end(loss="unlikelihood", alpha=0.2), end()]
+    draw = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(dpo, "summed_logprobs", lambda _, tokens, *__: -50 * torch.rand(len(tokens), generator=draw))
+    found += [end(loss="unlikelihood"), end()]
+    assert [f[0] == plain for f in found] == [True, False, False, True, False] and found[2][0] != found[4][0]
+    assert found[0][1] == pytest.approx(50 * margin, rel=1e-3) and found[3][1] != margin
 
 
 def test_micro_batches_change_nothing_and_accuracy_is_a_mean_over_pairs(small_run):

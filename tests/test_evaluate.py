@@ -1,12 +1,18 @@
 """evaluate.py: the optimal curve and best-of-n against enumeration, shares, win rates, errors, and who owns which number."""
+import copy
 import itertools
 import math
+import time
 
 import pytest
 import torch
 
+import common
+import dpo
 import evaluate
-from conftest import tiny_gpt
+import sft
+from common import sha256
+from conftest import log_of, tiny_gpt
 from data.reviews.grammar import gold_reward
 from data.tokenizer import Tokenizer, train_bpe
 from evaluate import (Bank, Policy, best_of_n_kl, best_of_n_weights, beta_at, classifier_logits, effective_sample_size,
@@ -229,3 +235,98 @@ def test_a_bank_is_of_one_policy(sft_run, small_reviews, tmp_path):
         assert rewards == pytest.approx([gold_reward(prompt + response) for response in responses], abs=1e-6)
     with pytest.raises(SystemExit, match="policy was 'weights', now 'other weights'"):
         evaluate.ensure_bank(tmp_path, "reviews", "cpu", ref, tokenizer, "other weights", gold)
+
+
+# ---- along training --------------------------------------------------------------------------------------------------
+
+def test_a_measurement_is_the_tables_row_of_the_same_samples(sft_run, small_reviews, tmp_path, monkeypatch):
+    """Reward, KL and length with their errors, as `summary` has them; measuring twice gives the same, and the reference
+    itself has a KL of 0 within rounding."""
+    ref, _ = load_run(sft_run)
+    tokenizer = Tokenizer.load(sft_run / "tokenizer.tiktoken")
+    policy, draw, sampled = copy.deepcopy(ref), torch.Generator().manual_seed(0), []
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=draw)
+    gold, sample = evaluate.gold_reward("reviews", tmp_path), evaluate.sample_policy
+    bank = evaluate.ensure_bank(tmp_path, "reviews", "cpu", ref, tokenizer, "weights", gold)
+    monkeypatch.setattr(evaluate, "sample_policy", lambda *a, **k: sampled.append(sample(*a, **k)) or sampled[-1])
+    found, again, of_ref = (evaluate.measure(model, ref, tokenizer, bank, gold) for model in (policy, policy, ref))
+    row = summary(bank, {"ours": sampled[0]})["ours"]
+    assert found == again == {name: row[name] for name in ("reward", "reward_se", "kl", "kl_se", "length", "length_se")}
+    assert abs(of_ref["kl"]) < 1e-5 < 0.1 < found["kl"]
+
+
+STEPS = 6  # of the runs below
+
+
+@pytest.fixture(params=["dpo", "sft"])
+def short_run(request, sft_run, pairs_file, small_reviews, tmp_path, monkeypatch):
+    """run(name, **settings) trains 6 steps, far from the policy it starts from, and returns the run folder."""
+    sample = evaluate.sample_policy
+    monkeypatch.setattr(evaluate, "sample_policy", lambda *args, **_: sample(*args))  # 4 responses a prompt are enough here
+    monkeypatch.setattr(dpo, "draw", lambda *args: None)
+    settings = dict(pairs=str(pairs_file), batch_size=12, warmup=1, lr=1e-2)
+    settings |= (dict(sft=str(sft_run)) if request.param == "dpo" else
+                 dict(on="chosen", init=str(sft_run), block_size=112, steps=STEPS))
+
+    def run(name, **more):
+        module = {"dpo": dpo, "sft": sft}[request.param]
+        return module.train(module.Config(**settings, **more, out=str(tmp_path / name)))
+    return run
+
+
+def evaluations(folder):
+    return {row["step"]: row for row in log_of(folder) if "eval_reward" in row}
+
+
+def test_evaluating_on_the_way_changes_no_weight(short_run):
+    """At steps 0, 2, 4 and at the end, in the log; all other rows and the weights are bit by bit those of a run that is not
+    evaluated. The first KL, to the policy that the run starts from, is 0 within rounding, the last is not."""
+    without, with_it = short_run("without"), short_run("with", evaluate_every=2)
+    found = evaluations(with_it)
+    assert list(found) == [0, 2, 4, STEPS] and not evaluations(without)
+    assert abs(found[0]["eval_kl"]) < 1e-5 < 0.2 < found[STEPS]["eval_kl"]
+    rest = lambda folder: [{k: v for k, v in row.items() if k != "seconds"}  # noqa: E731
+                           for row in log_of(folder) if "eval_reward" not in row]
+    assert rest(with_it) == rest(without) and sha256(with_it / "model.pt") == sha256(without / "model.pt")
+
+
+def test_evaluating_takes_none_of_the_seconds_of_training(short_run, monkeypatch):
+    """On a clock on which an evaluation takes 100 s and a step 1 s, training takes 6 s. And a number of steps that does not
+    divide the run does not keep it from being evaluated at its end."""
+    now, measure, finite = 1000.0, evaluate.measure, common.Run.check_finite
+
+    def passes(seconds, function):
+        def slow(*args, **keywords):
+            nonlocal now
+            now += seconds
+            return function(*args, **keywords)
+        return slow
+    monkeypatch.setattr(evaluate, "measure", passes(100.0, measure))
+    monkeypatch.setattr(common.Run, "check_finite", passes(1.0, finite))
+    monkeypatch.setattr(time, "time", lambda: now)
+    folder = short_run("run", evaluate_every=4)
+    assert list(evaluations(folder)) == [0, 4, STEPS]
+    assert now == 1000 + 3 * 100 + STEPS and log_of(folder)[-1]["seconds"] == STEPS
+
+
+def test_the_reference_stays_the_policy_that_was_started_from_also_after_a_resume(short_run, monkeypatch):
+    """Stopped at step 4, where it was evaluated, and resumed from the checkpoint: every evaluation is there once, with the
+    numbers of a run that was left alone. The policy of step 4 as reference would have a KL of 0 there."""
+    class Stopped(Exception):
+        pass
+
+    def save_until_4(path, state):
+        save(path, state)
+        if state["step"] == 4:
+            raise Stopped
+    alone, save = short_run("alone", evaluate_every=2), common.save_checkpoint
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "save_checkpoint", save_until_4)
+        with pytest.raises(Stopped):
+            short_run("resumed", evaluate_every=2, checkpoint_every=0.0)
+    resumed = short_run("resumed", evaluate_every=2, resume=True)
+    assert evaluations(resumed) == evaluations(alone) and evaluations(resumed)[4]["eval_kl"] > 0.1
+    assert [row["step"] for row in log_of(resumed)] == [row["step"] for row in log_of(alone)]
+    assert sha256(resumed / "model.pt") == sha256(alone / "model.pt")

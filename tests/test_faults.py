@@ -26,6 +26,7 @@ from clone import root  # noqa: F401  (a fixture)
 import common
 import data
 import dpo
+import ppo
 import reward_model
 import sft
 from data.tokenizer import Tokenizer
@@ -34,14 +35,16 @@ SEED = random.randrange(10**6)  # of the moments of the kills: another one every
 STAGES = {"sft": clone.TINY,
           "reward_model": "--sft {work}/runs/reviews/sft --pairs {work}/pairs.jsonl --batch-size 4 --epochs 12".split(),
           "gold": "--on labels --sft {work}/runs/reviews/sft --batch-size 8 --epochs 2".split(),
-          "dpo": "--sft {work}/runs/reviews/sft --pairs {work}/pairs.jsonl --batch-size 4 --epochs 12".split()}
+          "dpo": "--sft {work}/runs/reviews/sft --pairs {work}/pairs.jsonl --batch-size 4 --epochs 12".split(),
+          "ppo": "--sft {work}/runs/reviews/sft --reward gold --batch-size 8 --steps 16 --minibatches 2 --warmup 3 --lr 5e-3 "
+                 "--target-kl 0.5 --horizon 20".split()}
 SCRIPT = {"gold": "reward_model"}  # the script of a stage, where it has another name
 EVERY_STEP = ("--checkpoint-every", "0")
 
 
 @pytest.fixture(scope="module")
 def work(root, tmp_path_factory) -> Path:
-    """A folder with a finished SFT run and a pairs file, and runs of reward_model and dpo that nothing disturbed."""
+    """A folder with a finished SFT run and a pairs file, and runs of the other stages that nothing disturbed."""
     work = tmp_path_factory.mktemp("work")
     clone.write_pairs(work / "pairs.jsonl")
     for stage in STAGES:
@@ -105,7 +108,8 @@ def messages(errors: str) -> list[str]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_and_resumed_ends_where_an_undisturbed_run_ends(stage, root, work, tmp_path):
-    """kill -9 at a random step (sft: twice), then --resume: weights, optimizer, step and order of the rows all return."""
+    """kill -9 at a random step (sft: twice), then --resume: weights, optimizer, step and order of the rows all return; with
+    PPO also the value network, beta where it adapts, and what scores are counted from."""
     folder, when = tmp_path / "run", random.Random(SEED)
     command = [*arguments(stage, work), "--out", folder]
     for _ in range(2 if stage == "sft" else 1):
@@ -120,7 +124,7 @@ def test_killed_and_resumed_ends_where_an_undisturbed_run_ends(stage, root, work
     assert not list(folder.glob("checkpoint*")) and not list(folder.glob(".*")), "what a kill leaves is cleared at the end"
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", "dpo", "ppo"])
 def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(stage, root, work, tmp_path):
     """Ctrl-C loses nothing: the step in hand is finished and saved, though no checkpoint was due for an hour."""
     folder = tmp_path / "run"
@@ -143,7 +147,7 @@ def test_ctrl_c_outside_the_training_loop_prints_no_traceback(root, work, tmp_pa
     (tmp_path / "runs").mkdir()
     shutil.copytree(work / "runs/reviews/sft", tmp_path / "runs/sft")
     process = clone.start(root, "dpo", "--sft", "runs/sft", "--pairs", work / "pairs.jsonl", "--out", "runs/dpo", cwd=tmp_path)
-    wait_for((tmp_path / "runs/dpo/model.pt").exists, process)  # training is over, the bank is being sampled
+    wait_for((tmp_path / "runs/dpo/model.pt").exists, process)  # training is over, the policy is being sampled
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode in (130, -signal.SIGINT) and messages(errors) == ["stopped"], errors
@@ -355,6 +359,9 @@ def test_no_file_we_load_runs_code(packed, root, work, tmp_path, monkeypatch, ca
     for attempt in (lambda: clone.run_here(root, tmp_path, "sft", "--init", "runs/reviews/sft", "--out", "new"),
                     lambda: clone.run_here(root, tmp_path, "dpo", "--sft", "runs/reviews/sft", "--out", "new"),
                     lambda: clone.run_here(root, tmp_path, "reward_model", "--sft", "runs/reviews/sft", "--out", "new"),
+                    lambda: clone.run_here(root, tmp_path, "ppo", "--sft", "runs/reviews/sft", "--out", "new"),
+                    lambda: clone.run_here(root, tmp_path, "ppo", "--sft", work / "runs/reviews/sft", "--out", "new",
+                                           "--reward", "runs/imdb/gold"),
                     lambda: clone.run_here(root, tmp_path, "evaluate", "runs/reviews/dpo")):
         said = attempt()
         assert said.startswith("error: ") and "\n" not in said and not marker.exists(), said
@@ -367,7 +374,7 @@ def test_no_file_we_load_runs_code(packed, root, work, tmp_path, monkeypatch, ca
 # ---- NaN -------------------------------------------------------------------------------------------------------------
 
 LOSSES = {"sft": (sft, "response_logprobs", "loss = nan"), "reward_model": (reward_model, "reward_loss", "loss = nan"),
-          "dpo": (dpo, "dpo_loss", "chosen_reward = nan")}
+          "dpo": (dpo, "dpo_loss", "chosen_reward = nan"), "ppo": (ppo, "compute_rewards", "value_loss = nan")}
 
 
 @pytest.mark.parametrize("stage", LOSSES)
@@ -404,9 +411,9 @@ def test_one_nan_in_the_weights_stops_the_run(root, work, tmp_path):
     state = torch.load(tmp_path / "poisoned/sft/model.pt", weights_only=True)
     state["model"]["wte.weight"][100, 0] = float("nan")
     torch.save(state, tmp_path / "poisoned/sft/model.pt")
-    for stage in ("dpo", "sft"):
-        said = run(root, tmp_path, stage, "--sft" if stage == "dpo" else "--init", "poisoned/sft", "--out", stage,
-                              *(["--pairs", work / "pairs.jsonl"] if stage == "dpo" else ["--steps", "20"]))
+    for stage, argv in (("dpo", ["--sft", "poisoned/sft", "--pairs", work / "pairs.jsonl"]), ("ppo", ["--sft", "poisoned/sft"]),
+                        ("sft", ["--init", "poisoned/sft", "--steps", "20"])):
+        said = run(root, tmp_path, stage, *argv, "--out", stage)
         assert said == "error: poisoned/sft/model.pt: wte.weight is not finite"
         assert not (tmp_path / stage).exists()
 
@@ -488,7 +495,8 @@ def test_pairs_and_bank_say_what_they_were_made_of_before_they_exist(root, work,
 
 
 def test_a_fresh_clone_builds_what_it_lacks_once(root, tmp_path, monkeypatch):
-    """dpo.py alone makes the SFT policy, the pairs and the bank; the next run finds them; other settings stop by name."""
+    """dpo.py alone makes the SFT policy, the pairs and the bank, and ppo.py the reward model, too; the next run finds them;
+    other settings stop by name."""
     tiny = dict(n_layer=1, n_embd=32, n_head=2, batch_size=8, steps=60, warmup=5, lr=2e-2)
     monkeypatch.setattr(sft.Config, "PRESETS", {("reviews", "cpu"): tiny})
     assert clone.run_here(root, tmp_path, "dpo") == 0
@@ -496,6 +504,11 @@ def test_a_fresh_clone_builds_what_it_lacks_once(root, tmp_path, monkeypatch):
     assert sorted(os.listdir(runs)) == ["bank", "dpo-beta0.1-seed0", "pairs-bt", "sft"]
     before = {name: tree(runs / name) for name in ("sft", "pairs-bt", "bank")}
     assert clone.run_here(root, tmp_path, "dpo", "--beta", "0.5") == 0
+    assert {name: tree(runs / name) for name in before} == before
+    assert clone.run_here(root, tmp_path, "ppo", "--steps", "2", "--batch-size", "8") == 0  # lacks the reward model only
+    assert {"ppo-beta0.1-seed0", "reward-model"} < set(os.listdir(runs))
+    before["reward-model"] = tree(runs / "reward-model")
+    assert clone.run_here(root, tmp_path, "ppo", "--steps", "2", "--batch-size", "8", "--seed", "1") == 0
     assert {name: tree(runs / name) for name in before} == before
     monkeypatch.setattr(sft.Config, "PRESETS", {("reviews", "cpu"): tiny | {"lr": 3e-2}})
     said = clone.run_here(root, tmp_path, "dpo", "--beta", "0.2")

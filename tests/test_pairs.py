@@ -5,8 +5,12 @@ import math
 import pytest
 import torch
 
+import clone
 import data.pairs as pairs_module
-from common import generator, pad, write_jsonl
+import dpo
+import reward_model
+from clone import root  # noqa: F401  (a fixture)
+from common import generator, pad, sha256, write_jsonl
 from conftest import naive_logprobs, tiny_gpt
 from data.pairs import encode_pairs, label_pairs, read_pairs, sampled_responses
 from data.tokenizer import Tokenizer, train_bpe
@@ -192,3 +196,57 @@ def test_the_pairs_file_gives_back_the_sampled_responses(tmp_path, tokenizer, mo
     for pair in pairs:
         for ids in (pair.chosen, pair.rejected):  # ended by <eos>, or cut where the block ends
             assert (ids[-1] == tokenizer.eos) != (len(pair.prompt) + len(ids) == 24 and ids[-1] != tokenizer.eos)
+
+
+# ---- more pairs, or fewer --------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def sample_pairs(tmp_path, tokenizer, monkeypatch):
+    """sample_pairs(count): the file of the pairs for so many of six prompts; 0 = for three, which stands in SIZES."""
+    write_jsonl(tmp_path / "prompts_train.jsonl", [{"prompt": p} for p in ("a", "a good", "the", "the bad", "film", "made")])
+    monkeypatch.setattr(pairs_module.data, "ensure", lambda dataset: tmp_path)
+    monkeypatch.setattr(pairs_module, "SIZES", {("reviews", "cpu"): dict(prompts=3, samples=4, scale=5.0)})
+    model = tiny_gpt(vocab_size=tokenizer.vocab_size, block_size=24, n_layer=1, size=0.3)
+    return lambda count: pairs_module.ensure_pairs(tmp_path / "base", "reviews", "cpu", "bt", model, tokenizer, "weights",
+                                                   lambda prompts, texts: torch.rand(len(texts)), count)
+
+
+def test_the_prompts_of_a_smaller_set_are_the_first_of_a_larger_one(sample_pairs, tmp_path):
+    """Each number has a folder of its own name and leaves the others' files as they are; the default is one of them."""
+    paths, before, prompts = {}, {}, {}
+    for count in (4, 0, 2, 6):
+        paths[count] = sample_pairs(count)
+        assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before} == before
+        before |= {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths[count].parent.iterdir()}
+        prompts[count] = list(dict.fromkeys(row["prompt"] for row in read_pairs(paths[count])))
+        assert json.loads((paths[count].parent / "config.json").read_text())["prompts"] == (count or 3)
+    assert paths == {count: tmp_path / "base" / f"pairs-bt{f'-{count}' if count else ''}" / "pairs.jsonl" for count in paths}
+    assert [len(prompts[count]) for count in (2, 0, 4, 6)] == [2, 3, 4, 6]
+    assert all(prompts[count] == prompts[6][:count or 3] for count in (2, 0, 4))
+    assert sample_pairs(4) == paths[4] and (paths[4].read_bytes(), paths[4].stat().st_mtime_ns) == before[paths[4]]
+
+
+def test_more_prompts_than_there_are_stop(sample_pairs, tmp_path):
+    """Asked for by --prompts; where the preset asks for more than a dataset has, all of them are taken."""
+    with pytest.raises(SystemExit) as stop:
+        sample_pairs(7)
+    assert str(stop.value) == "error: --prompts 7: data/reviews has 6 training prompts"
+    assert not (tmp_path / "base").exists()
+    pairs_module.SIZES["reviews", "cpu"]["prompts"] = 1600
+    assert len({row["prompt"] for row in read_pairs(sample_pairs(0))}) == 6
+
+
+def test_both_scripts_train_on_as_many_prompts_as_they_are_told(root, tmp_path):
+    """--prompts 5: the pairs of 5 prompts, six each, in a run folder with the number in its name."""
+    assert clone.run_here(root, tmp_path, "sft", *clone.TINY) == 0
+    runs = tmp_path / "runs/reviews"
+    for script, name, data in (("dpo", "dpo-5-beta0.1-seed0", "pairs"), ("reward_model", "reward-model-5", "data")):
+        assert clone.run_here(root, tmp_path, script, "--sft", "runs/reviews/sft", "--prompts", "5") == 0
+        built_from = json.loads((runs / name / "config.json").read_text())["built_from"]
+        assert built_from[data] == sha256(runs / "pairs-bt-5/pairs.jsonl")
+        assert "--prompts 61: data/reviews has 60 training prompts" in clone.run_here(
+            root, tmp_path, script, "--sft", "runs/reviews/sft", "--prompts", "61")
+    assert 0 < len(read_pairs(runs / "pairs-bt-5/pairs.jsonl")) <= 30 and not (runs / "pairs-bt").exists()
+    assert dpo.Config(prompts=9, labels="argmax").out == "runs/reviews/dpo-argmax-9-beta0.1-seed0"
+    assert dpo.Config(prompts=9, loss="unlikelihood").out == "runs/reviews/unlikelihood-9-alpha0.5-seed0"
+    assert reward_model.Config().out == "runs/reviews/reward-model"

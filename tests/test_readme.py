@@ -10,6 +10,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = {
     "python data/imdb/prepare.py": "test_imdb.py: test_the_whole_imdb_pipeline",
     "python dpo.py --dataset imdb --beta 0.1": "test_imdb.py: test_the_whole_imdb_pipeline",
+    "python frontier.py --quick": "test_frontier.py",
+    "python frontier.py": "test_frontier.py",
+    "python frontier.py --dataset imdb": "test_frontier.py",
+    "python frontier.py --grid why": "test_frontier.py",
+    "python frontier.py --grid ablation": "test_frontier.py",
+    "python ppo.py --reward FILE.py:function": "test_ppo.py",
     "python dpo.py --pairs FILE.jsonl": ".ci/run, with the pairs that the first command wrote",
     "python sft.py --dataset imdb --init gpt2-large --steps 1000 --lr 5e-5 --out runs/imdb-gpt2/sft": "test_model.py, test_cli.py",
     "python dpo.py --dataset imdb --sft runs/imdb-gpt2/sft --lr 1e-5": "test_imdb.py: test_the_whole_imdb_pipeline",

@@ -1,0 +1,592 @@
+"""ppo.py: its mathematics against loops, by hand and by enumeration; then the script, on words of the letters a to d.
+
+Where to look first: `test_the_script_reaches_the_optimum`. There a response is at most two tokens, so the optimum of what
+PPO maximises, and what the trained policy has of it, are sums over all 66,823 responses. That DPO, exact policy gradients
+and PPO's loss end at the same policy is in test_dpo.py: `test_all_roads_lead_to_the_same_policy`.
+"""
+import copy
+import itertools
+import math
+import random
+import shutil
+import statistics
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import clone
+import common
+import data
+import evaluate
+import ppo
+import reward_model
+from conftest import every_response, log_of, naive_logprobs, tiny_gpt
+from data.tokenizer import Tokenizer, train_bpe
+from model import GPTConfig, ScalarModel, load_run
+from ppo import (adapted, compute_gae, compute_rewards, leave_one_out, policy_loss, response_values, user_reward, value_loss,
+                 whiten)
+
+both = pytest.mark.parametrize("advantages", ["gae", "leave-one-out"])
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """No figure, which takes matplotlib a second, and 4 responses of the reference to each of 3 test prompts."""
+    monkeypatch.setattr(ppo, "draw_run", lambda *args: None)
+    monkeypatch.setitem(evaluate.SIZES, ("reviews", "cpu"), (3, 4))
+
+
+SIZES = [5, 1, 3, 5, 2, 4]  # of six responses, in 5 positions
+MASK = torch.arange(5) < torch.tensor(SIZES)[:, None]
+
+
+def ragged(seed: int, beyond: float = 0.0) -> torch.Tensor:
+    """(6, 5) random numbers; `beyond` the end of a row."""
+    return torch.randn(6, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.double).masked_fill(~MASK, beyond)
+
+
+# ---- rewards and advantages ------------------------------------------------------------------------------------------
+
+def test_the_score_comes_with_the_last_token_and_the_kl_with_every_one():
+    """Row by row; what a row is paid in all is its score less beta times the log-ratio of its response."""
+    scores, logprobs, ref_logprobs = torch.arange(6).double() + 1, ragged(1), ragged(2)
+    rewards = compute_rewards(scores, logprobs, ref_logprobs, MASK, 0.3)
+    for b, n in enumerate(SIZES):
+        for t in range(5):
+            kl = logprobs[b, t].item() - ref_logprobs[b, t].item() if t < n else 0.0
+            assert rewards[b, t].item() == pytest.approx(-0.3 * kl + (b + 1 if t == n - 1 else 0), abs=1e-14)
+    torch.testing.assert_close(rewards.sum(1), scores - 0.3 * (logprobs - ref_logprobs).sum(1))
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (1.0, 0.95), (0.9, 0.8), (1.0, 0.0), (0.9, 1.0), (0.0, 0.5)])
+@pytest.mark.parametrize("beyond", [0.0, 1e30])
+def test_gae_is_the_definition(gamma, lam, beyond):
+    """A_t = sum_k (gamma lam)^k delta_{t+k} by two loops; a row ends at its end, whatever stands behind it."""
+    rewards, values = ragged(1, beyond), ragged(2, beyond)
+    expected = torch.zeros(6, 5, dtype=torch.double)
+    for b, n in enumerate(SIZES):
+        v = [*values[b, :n].tolist(), 0.0]
+        delta = [rewards[b, t].item() + gamma * v[t + 1] - v[t] for t in range(n)]
+        for t in range(n):
+            expected[b, t] = sum((gamma * lam) ** k * delta[t + k] for k in range(n - t))
+    advantages, returns = compute_gae(rewards, values, MASK, gamma, lam)
+    torch.testing.assert_close(advantages, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(returns, (expected + values).masked_fill(~MASK, 0), rtol=1e-12, atol=1e-14)
+
+
+def test_gae_between_monte_carlo_and_one_step_by_hand():
+    """gamma = 1/2. lam = 1: what comes after, discounted: 1 + 2/2 + 4/4 = 3, 2 + 4/2 = 4, 4. lam = 0: r + V_{t+1}/2."""
+    rewards, values = torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[10.0, 20.0, 30.0]])
+    whole = torch.ones(1, 3, dtype=torch.bool)
+    advantages, returns = compute_gae(rewards, values, whole, 0.5, 1.0)
+    assert returns.tolist() == [[3, 4, 4]] and advantages.tolist() == [[-7, -16, -26]]
+    advantages, returns = compute_gae(rewards, values, whole, 0.5, 0.0)
+    assert returns.tolist() == [[11, 17, 4]] and advantages.tolist() == [[1, -3, -26]]
+
+
+def test_whitening_sees_the_mask_only():
+    """Mean 0 and variance 1 of the tokens there are; what is behind the end neither counts nor stays."""
+    x = 3 * ragged(1) + 7
+    found = whiten(x.masked_fill(~MASK, 1e6), MASK)
+    real = [x[b, t].item() for b, n in enumerate(SIZES) for t in range(n)]
+    mean, std = statistics.fmean(real), statistics.pstdev(real)
+    torch.testing.assert_close(found, ((x - mean) / std).masked_fill(~MASK, 0), rtol=1e-8, atol=1e-8)
+    one = whiten(torch.tensor([[5.0, 9.0]]), torch.tensor([[True, False]]))
+    assert one.tolist() == [[0, 0]], "a single token has no spread, and no NaN"
+
+
+def test_leave_one_out_by_hand():
+    """Totals 1, 5, 9 of a prompt's three samples, 2, 2, 8 of another's: each less the mean of the two beside it."""
+    rewards = torch.tensor([[1.0, 0], [2, 3], [4, 5], [2, 0], [3, -1], [8, 0]])
+    mask = torch.tensor([[True, False], [True, True], [True, True], [True, False], [True, True], [True, False]])
+    expected = torch.tensor([1 - 7.0, 5 - 5, 9 - 3, 2 - 5, 2 - 5, 8 - 2])
+    assert leave_one_out(rewards, mask, 3).tolist() == (expected[:, None] * mask).tolist()
+
+
+# ---- losses and the controller ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("advantage, ratio, gradient", [
+    (2.0, 1.3, 0.0), (2.0, 0.7, -1.4), (-2.0, 1.3, 2.6), (-2.0, 0.7, 0.0),  # only what would go further is stopped
+    (2.0, 1.1, -2.2), (2.0, 0.9, -1.8), (-2.0, 1.1, 2.2), (-2.0, 0.9, 1.8), (2.0, 1.0, -2.0), (-2.0, 1.0, 2.0)])
+def test_which_side_is_clipped(advantage, ratio, gradient):
+    """The gradient to log pi is -A ratio, REINFORCE's -A at ratio 1; nothing once A has carried the ratio beyond 1 +- eps."""
+    old = torch.tensor([[-3.0]], dtype=torch.double)
+    logprobs = (old + math.log(ratio)).requires_grad_()
+    losses, found = policy_loss(logprobs, old, torch.tensor([[advantage]]).double(), torch.tensor([[True]]), 0.2)
+    losses.sum().backward()
+    assert found.item() == pytest.approx(ratio) and logprobs.grad.item() == pytest.approx(gradient, abs=1e-12)
+    assert losses.item() == pytest.approx(-min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage))
+
+
+def test_value_loss_by_hand():
+    """Old value 0, clip 0.2, the return 1 or -1: a value of 0.5 counts as 0.2 on the way to 1, and in full away from -1."""
+    values = torch.tensor([0.1, 0.5, 0.5, -0.5, -0.5, 9.0], requires_grad=True)
+    returns = torch.tensor([1.0, 1.0, -1.0, 1.0, -1.0, 0.0])
+    mask = torch.tensor([True] * 5 + [False])
+    losses = value_loss(values, torch.zeros(6), returns, mask, 0.2)
+    losses.sum().backward()
+    torch.testing.assert_close(losses.detach(), torch.tensor([0.405, 0.32, 1.125, 1.125, 0.32, 0.0]))
+    torch.testing.assert_close(values.grad, torch.tensor([-0.9, 0.0, 1.5, -1.5, 0.0, 0.0]))
+
+
+def test_beta_follows_the_kl():
+    """100 episodes of a horizon of 200 are half the way; an error beyond 20% counts as 20%; at the target nothing changes."""
+    assert [adapted(0.1, kl, 2.0, 200, 100) for kl in (2.0, 2.2, 20.0, 1.8, 0.0, -5.0)] == pytest.approx(
+        [0.1, 0.105, 0.11, 0.095, 0.09, 0.09])
+
+
+@pytest.mark.parametrize("pad_id", [0, 2, 10])
+def test_a_value_has_seen_all_before_its_token_and_nothing_else(pad_id):
+    """V_t is the scalar at the end of prompt + response[:t], computed from that row alone, cut there; padding, also with the
+    id of <eos> (2), changes nothing, nor does the row beside it."""
+    model = ScalarModel(GPTConfig(11, 12, 2, 2, 8))
+    model.gpt.load_state_dict(tiny_gpt().state_dict())
+    rows = [([1, 4], [5, 6, 7, 2]), ([1], [3, 2]), ([1, 5, 2, 8, 9, 3, 4], [7, 7, 7, 7, 7]), ([1, 9], [2])]
+    tokens, lengths = common.pad([p + r for p, r in rows], pad_id)
+    found = response_values(model, tokens, torch.tensor([len(p) for p, _ in rows]), lengths)
+    expected = torch.zeros(4, 5)
+    for b, (prompt, response) in enumerate(rows):
+        for t in range(len(response)):
+            expected[b, t] = model(torch.tensor([prompt + response[:t]]))[0, -1]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    alone = response_values(model, tokens[:2, :6], torch.tensor([2, 1]), lengths[:2])
+    torch.testing.assert_close(found[:2, :4], alone, rtol=0, atol=1e-5)
+
+
+# ---- everything enumerated: a policy is a table, a response one or two of the tokens 0, 1, 2 (which ends it) -----------
+
+RESPONSES = list(every_response(vocab=3, length=2, eos=2))  # 7
+TOKEN = torch.tensor([response + [0] * (2 - len(response)) for response in RESPONSES])
+THERE = torch.tensor([[True, len(response) == 2] for response in RESPONSES])
+STATE = torch.tensor([[0, 1 + response[0] if len(response) == 2 else 0] for response in RESPONSES])  # the row of the table
+
+
+def logprobs_of(table: torch.Tensor) -> torch.Tensor:
+    """log pi of every token of every response, (7, 2), from logits (3, 3): after nothing, after 0, after 1."""
+    return table.log_softmax(1)[STATE, TOKEN] * THERE
+
+
+@pytest.fixture(params=[0, 1])
+def tables(request):
+    """Logits of a policy and of the reference, and the reward of every response."""
+    draw = torch.Generator().manual_seed(request.param)
+    return *torch.randn(2, 3, 3, generator=draw, dtype=torch.double), torch.randn(7, generator=draw, dtype=torch.double)
+
+
+def exact_kl(table: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
+    """KL(pi || pi_ref) by the chain rule: that of the first token, and those of the second, as often as it is drawn there."""
+    p, q = table.softmax(1), ref.softmax(1)
+    rows = (p * (p / q).log()).sum(1)
+    return rows[0] + p[0, 0] * rows[1] + p[0, 1] * rows[2]
+
+
+def gradient(value: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    return torch.autograd.grad(value, table, retain_graph=True)[0]
+
+
+def test_the_sampled_kl_and_its_gradient(tables):
+    """What ppo.py sums and pays for, log pi - log pi_ref of the sampled tokens (k1, in the reward), is the KL on average, in
+    this direction, and so is its gradient. In the loss the same k1 has none, and k3 has that of the other KL."""
+    table, ref, _ = tables
+    table.requires_grad_()
+    logprobs, ref_logprobs = logprobs_of(table), logprobs_of(ref)
+    p, exact = logprobs.sum(1).exp(), exact_kl(table, ref)
+    assert p.sum().item() == pytest.approx(1) and abs(exact - exact_kl(ref, table)).item() > 1e-3
+    weight, old = p.detach(), logprobs.detach()
+    rewards = compute_rewards(torch.zeros(7).double(), old, ref_logprobs, THERE, beta=1.0)
+    torch.testing.assert_close(-(weight * rewards.sum(1)).sum(), exact.detach())
+    advantages = leave_one_out(torch.stack([rewards, rewards * 0], 1).view(14, 2), THERE.repeat_interleave(2, 0), 2)[::2]
+    losses, _ = policy_loss(logprobs, old, advantages, THERE, 0.2)
+    torch.testing.assert_close(gradient((weight * losses.sum(1)).sum(), table), gradient(exact, table))
+
+    k1 = (logprobs - ref_logprobs).sum(1)
+    k3 = (-k1).exp() - 1 + k1
+    torch.testing.assert_close((weight * k3).sum(), exact)  # as a number k3 is right
+    assert abs((weight * k1 ** 2 / 2).sum() - exact).item() > 1e-3  # k2 is not
+    assert gradient((weight * k1).sum(), table).abs().max() < 1e-12
+    torch.testing.assert_close(gradient((weight * k3).sum(), table), gradient(exact_kl(ref, table), table))
+    assert (gradient(exact_kl(ref, table), table) - gradient(exact, table)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("samples", [2, 3])
+def test_leave_one_out_is_unbiased(samples, tables):
+    """Its gradient, averaged over all tuples of `samples` responses, is that of E[r] - beta KL."""
+    table, ref, r = tables
+    table.requires_grad_()
+    logprobs, ref_logprobs = logprobs_of(table), logprobs_of(ref)
+    p = logprobs.sum(1).exp()
+    tuples = torch.tensor(list(itertools.product(range(7), repeat=samples)))
+    rows, weight = tuples.flatten(), p.detach()[tuples].prod(1).repeat_interleave(samples)
+    old = logprobs.detach()[rows]
+    advantages = leave_one_out(compute_rewards(r[rows], old, ref_logprobs[rows], THERE[rows], 0.7), THERE[rows], samples)
+    losses, _ = policy_loss(logprobs[rows], old, advantages, THERE[rows], 0.2)
+    found = gradient(-(weight * losses.sum(1)).sum() / samples, table)
+    torch.testing.assert_close(found, gradient((p * r).sum() - 0.7 * exact_kl(table, ref), table))
+
+
+def test_any_value_network_is_a_baseline(tables):
+    """lam = 1 and values that know what came before a token, and nothing of it, leave the expected gradient as it is: any
+    numbers will do. Values read one position later do not."""
+    table, ref, r = tables
+    table.requires_grad_()
+    logprobs, ref_logprobs, guesses = logprobs_of(table), logprobs_of(ref), torch.tensor([0.3, -2.0, 5.0]).double()
+    p = logprobs.sum(1).exp()
+    rewards = compute_rewards(r, logprobs.detach(), ref_logprobs, THERE, 0.7)
+    exact = gradient((p * r).sum() - 0.7 * exact_kl(table, ref), table)
+    for values, same in ((guesses[STATE], True), (guesses[TOKEN], False)):
+        advantages, _ = compute_gae(rewards, values * THERE, THERE, 1.0, 1.0)
+        losses, _ = policy_loss(logprobs, logprobs.detach(), advantages, THERE, 0.2)
+        found = gradient(-(p.detach() * losses.sum(1)).sum(), table)
+        assert torch.allclose(found, exact, rtol=0, atol=1e-10) == same
+
+
+# ---- the script ------------------------------------------------------------------------------------------------------
+
+PROMPTS = ["a", "b", "cd"]
+REWARDS = """
+def letters(prompts, responses):
+    return [r.count(p[-1]) - 0.5 * len(r) for p, r in zip(prompts, responses)]
+
+def ten_more(prompts, responses):
+    return [x + 10 for x in letters(prompts, responses)]
+
+def three_times(prompts, responses):
+    return [3 * x + 10 for x in letters(prompts, responses)]
+"""
+
+
+def words(count: int, seed: int) -> list[str]:
+    rng = random.Random(seed)
+    return ["".join(rng.choices("abcd", (4, 3, 2, 1), k=rng.randint(2, 8))) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A copy of the repository whose documents are words, and a folder of runs: a policy of at most 8 tokens, prompt and all,
+    one of at most 4, and a reward model."""
+    root, work = clone.make(tmp_path_factory.mktemp("clone")), tmp_path_factory.mktemp("work")
+    shutil.rmtree(root / "data/reviews/prepared")
+
+    def write(folder):
+        train_bpe([], 259).save(folder / "tokenizer.tiktoken")  # bytes
+        for name, field, texts in (("train", "text", words(600, 1)), ("test", "text", words(40, 2)),
+                                   ("prompts_train", "prompt", PROMPTS * 40), ("prompts_test", "prompt", PROMPTS)):
+            common.write_jsonl(folder / f"{name}.jsonl", [{field: text} for text in texts])
+        return {}
+    data.publish(root / "data/reviews/prepared", "reviews", write)
+    pairs = itertools.combinations(sorted({word[:5] for word in words(12, 3)}), 2)
+    common.write_jsonl(work / "pairs.jsonl", [{"prompt": "a", "chosen": a, "rejected": b} for a, b in pairs])
+    (work / "rewards.py").write_text(REWARDS)
+    small = "--n-layer 1 --n-embd 32 --n-head 2 --steps 300 --warmup 10 --lr 2e-2"
+    for script, argv in (("sft", f"{small} --block-size 8 --out runs/sft"), ("sft", f"{small} --block-size 4 --out short/sft"),
+                         ("reward_model", "--sft runs/sft --pairs pairs.jsonl --epochs 5")):
+        assert clone.run_here(root, work, script, *argv.split()) == 0
+    return root, work
+
+
+GIVEN = "--sft runs/sft --reward rewards.py:letters --steps 1 --batch-size 24 --warmup 1 "
+
+
+@pytest.fixture
+def small_run(toy, tmp_path):
+    """run(argv) trains, one update of 24 responses by default, and returns the rows of the updates and the run folder."""
+    def run(argv):
+        out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        assert clone.run_here(*toy, "ppo", *(GIVEN + argv).split(), "--out", out) == 0
+        return [row for row in log_of(out) if "scores" in row], out
+    return run
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Filled, while ppo.py trains: name of a function -> (arguments, result) of every call, networks as they were then."""
+    calls = defaultdict(list)
+
+    def spy(name, original):
+        def call(*given, **keywords):
+            result = original(*given, **keywords)
+            calls[name].append(([copy.deepcopy(x) if isinstance(x, torch.nn.Module) else x for x in given], result))
+            return result
+        return call
+    for name in ("generate", "compute_rewards", "compute_gae", "response_values", "policy_loss"):
+        monkeypatch.setattr(ppo, name, spy(name, getattr(ppo, name)))
+    return calls
+
+
+def rows_of(samples) -> list[tuple[list[int], list[int]]]:
+    """Prompt and response of every row, without padding."""
+    return [(row[:p], row[p:n]) for row, p, n in
+            zip(samples.tokens.tolist(), samples.prompt_lengths.tolist(), samples.lengths.tolist())]
+
+
+@pytest.mark.parametrize("how", ["--batch-size 240 --samples 2 --epochs 4",
+                                 "--batch-size 480 --samples 4 --epochs 2 --advantages leave-one-out"])
+def test_the_script_reaches_the_optimum(how, small_run, toy):
+    """99% of what can be gained of E[r] - beta KL over the reference, every expectation a sum over all responses. A prompt of
+    one letter has 1 + 258 * 259 of them, one of two letters 259."""
+    log, folder = small_run(f"{how} --sft short/sft --steps 100 --beta 0.5 --lr 1e-2 --value-lr 1e-2 --warmup 10 "
+                            "--micro-batch-size 480")
+    networks = [load_run(toy[1] / "short/sft")[0], load_run(folder)[0]]
+    tokenizer, reward = Tokenizer.load(folder / "tokenizer.tiktoken"), user_reward(f"{toy[1] / 'rewards.py'}:letters")
+    not_eos = [v for v in range(259) if v != tokenizer.eos]
+    of_one = [[v] for v in range(259)]
+    of_two = [[tokenizer.eos], *([v, w] for v in not_eos for w in range(259))]
+
+    @torch.no_grad()
+    def logprobs(model, prompt):
+        first = model(torch.tensor([prompt]))[0, -1].double().log_softmax(0)
+        if len(prompt) == 3:
+            return first
+        second = model(torch.tensor([prompt + [v] for v in not_eos]))[:, -1].double().log_softmax(1)
+        return torch.cat([first[[tokenizer.eos]], (first[not_eos, None] + second).flatten()])
+
+    worlds = []  # of each prompt: log pi_ref, log pi and the reward of every response
+    for prompt in PROMPTS:
+        texts = [tokenizer.decode(ids) for ids in (of_two if len(prompt) == 1 else of_one)]
+        worlds.append((*(logprobs(network, [tokenizer.bos, *tokenizer.encode(prompt)]) for network in networks),
+                       reward([prompt] * len(texts), texts).double()))
+        assert all(x.exp().sum().item() == pytest.approx(1, abs=1e-5) for x in worlds[-1][:2])
+    high, low = (choose(log, key=lambda row: row["raw_scores"]) for choose in (max, min))
+    std = (high["raw_scores"] - low["raw_scores"]) / (high["scores"] - low["scores"])  # scores = (raw - mean) / std
+    mean, square = (sum((ref.exp() * r ** k).sum().item() for ref, _, r in worlds) / 3 for k in (1, 2))
+    assert std == pytest.approx(math.sqrt(square - mean ** 2), rel=0.3)
+    beta = 0.5 * std
+    best = sum(beta * torch.logsumexp(ref + r / beta, 0) for ref, _, r in worlds) / 3
+    start, end = (sum((w[i].exp() * (w[2] - beta * (w[i] - w[0]))).sum() for w in worlds) / 3 for i in (0, 1))
+    assert best - start > 0.3 and ((end - start) / (best - start)).item() > 0.99
+
+
+@both
+def test_the_second_update_is_the_definition(advantages, small_run, seen, gradients, toy):
+    """Its gradients from one unpadded row at a time: scores shifted and scaled by the reference's, less the penalty of a
+    response without <eos>; the KL; GAE by loops, whitened after the returns are taken, or the other samples' mean; all that
+    as a mean over tokens. Whether 24 responses run at once or 5 at a time."""
+    beta, gamma, lam = 0.3, 0.97, 0.9
+    eos = Tokenizer.load(toy[1] / "runs/sft/tokenizer.tiktoken").eos
+    (ref, _), (judge, _) = load_run(toy[1] / "runs/sft"), load_run(toy[1] / "runs/reward-model", ScalarModel)
+    for at_once in (64, 5):
+        seen.clear(), gradients.clear()
+        small_run(f"--reward runs/reward-model --steps 2 --epochs 1 --lr 1e-2 --samples 3 --missing-eos-penalty 0.7 "
+                  f"--beta {beta} --gamma {gamma} --lam {lam} --advantages {advantages} --micro-batch-size {at_once}")
+        (_, of_reference), _, ((policy, *_), samples) = seen["generate"]
+        read = lambda prompt, response: judge(torch.tensor([prompt + response]))[0, -1].item()  # noqa: E731
+        base = [read(*row) for row in rows_of(of_reference)]
+        value = seen["response_values"][-1][0][0] if advantages == "gae" else None  # as it was before the update
+        policy.zero_grad(), value and value.zero_grad()
+        scored = []
+        for prompt, response in rows_of(samples):
+            logprobs = naive_logprobs(policy, prompt, response)
+            kl = (logprobs - naive_logprobs(ref, prompt, response)).tolist()
+            score = (read(prompt, response) - statistics.fmean(base)) / statistics.pstdev(base) - 0.7 * (response[-1] != eos)
+            rewards = [-beta * x + score * (t == len(kl) - 1) for t, x in enumerate(kl)]
+            values = value(torch.tensor([prompt + response]))[0, len(prompt) - 1:-1] if value else torch.zeros(len(kl))
+            v = [*values.tolist(), 0.0]
+            delta = [rewards[t] + gamma * v[t + 1] - v[t] for t in range(len(kl))]
+            scored.append((logprobs, values, rewards, [sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, len(kl)))
+                                                       for t in range(len(kl))]))
+        tokens = [a for *_, advantage in scored for a in advantage]
+        loss = 0.0
+        for i, (logprobs, values, rewards, advantage) in enumerate(scored):
+            if value:
+                loss = loss + 0.5 * (values - values.detach() - torch.tensor(advantage)).square().sum()
+                advantage = [(a - statistics.fmean(tokens)) / statistics.pstdev(tokens) for a in advantage]
+            else:
+                others = [sum(scored[j][2]) for j in range(i - i % 3, i - i % 3 + 3) if j != i]
+                advantage = [sum(rewards) - statistics.fmean(others)] * len(logprobs)
+            loss = loss - (torch.tensor(advantage) * logprobs).sum()
+        (loss / len(tokens)).backward()
+        networks = [network for network in (policy, value) if network]
+        assert max(abs(x) for x in kl) > 1e-3 and len(gradients) == 2 * len(networks)
+        for network, found in zip(networks, gradients[-len(networks):]):
+            torch.testing.assert_close(found, [p.grad for p in network.parameters()], rtol=1e-3, atol=2e-5)
+
+
+@both
+def test_a_batch_starts_at_ratio_1_and_the_run_at_the_reference(advantages, small_run):
+    """One step a batch: to the bit, every ratio is 1 and nothing is clipped, and before the first update the KL is 0."""
+    log, _ = small_run(f"--steps 3 --epochs 1 --samples 3 --advantages {advantages} --micro-batch-size 5")
+    for row in log:
+        assert (row["ratio"], row["ratio_std"], row["approx_kl"], row["clip_fraction"]) == (1, 0, 0, 0)
+    assert (log[0]["kl"], log[0]["kl_se"]) == (0, 0) and log[2]["kl"] != 0
+    log, _ = small_run(f"--epochs 3 --samples 3 --advantages {advantages}")
+    assert log[0]["approx_kl"] > 0 and log[0]["ratio_std"] > 0  # the second and third passes over a batch
+
+
+def test_what_is_logged_is_a_mean_over_responses_or_over_tokens(small_run, seen, toy):
+    """Every column of the second update from what the functions were given, by loops that never see a pad."""
+    log, folder = small_run("--steps 2 --epochs 2 --minibatches 2 --missing-eos-penalty 0.7 --lr 5e-3")
+    row, tokenizer = log[1], Tokenizer.load(folder / "tokenizer.tiktoken")
+    samples = rows_of(seen["generate"][2][1])
+    (scores, old, ref, mask, _), _ = seen["compute_rewards"][1]
+    (_, values, *_), (_, returns) = seen["compute_gae"][1]
+    assert {len(response) for _, response in samples} != {mask.shape[1]}
+    per_token = lambda x: [[x[b, t].item() for t in range(len(ids))] for b, (_, ids) in enumerate(samples)]  # noqa: E731
+    flat = lambda x: [number for numbers in per_token(x) for number in numbers]  # noqa: E731
+    kl = [sum(a) - sum(b) for a, b in zip(per_token(old), per_token(ref))]
+    texts = [tokenizer.decode(response) for _, response in samples]
+    raw = user_reward(f"{toy[1] / 'rewards.py'}:letters")([tokenizer.decode(prompt) for prompt, _ in samples], texts).tolist()
+    mean, var = statistics.fmean, statistics.variance
+    expected = {
+        "scores": mean(scores.tolist()), "raw_scores": mean(raw), "kl": mean(kl), "kl_se": math.sqrt(var(kl) / 24),
+        "objective": mean(s - 0.1 * k for s, k in zip(scores.tolist(), kl)), "entropy": mean(-sum(x) for x in per_token(old)),
+        "length": mean(len(response) for _, response in samples), "distinct": len(set(texts)) / 24,
+        "eos_rate": mean(tokenizer.eos in response for _, response in samples),
+        "explained_variance": 1 - var([r - v for r, v in zip(flat(returns), flat(values))]) / var(flat(returns))}
+    steps = defaultdict(list)
+    for (new, before, _, there, _), (losses, _) in seen["policy_loss"][-4:]:  # two passes, two optimizer steps each
+        change = [(new[b, t] - before[b, t]).item() for b, n in enumerate(there.sum(1).tolist()) for t in range(n)]
+        steps["approx_kl"].append(mean(x * x / 2 for x in change))
+        steps["ratio"].append(mean(math.exp(x) for x in change))
+        steps["clip_fraction"].append(mean(abs(math.exp(x) - 1) > 0.2 for x in change))
+        steps["loss"].append(losses.sum().item() / len(change))
+    for name, value in {**expected, **{name: mean(values) for name, values in steps.items()}}.items():
+        assert row[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+    assert 0 < row["eos_rate"] < 1 and row["approx_kl"] > 1e-5
+
+
+@both
+def test_micro_batches_change_nothing(advantages, small_run, gradients):
+    """The gradients of two passes with two steps each, 2 responses at a time or all 12."""
+    found = []
+    for size in (2, 64):
+        gradients.clear()
+        small_run(f"--epochs 2 --minibatches 2 --samples 3 --advantages {advantages} --micro-batch-size {size} --lr 1e-4 "
+                  "--value-lr 1e-4")
+        found.append(copy.copy(gradients))
+    assert len(found[0]) == len(found[1]) == (8 if advantages == "gae" else 4)
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
+@both
+def test_shift_and_scale_of_a_reward_change_nothing(advantages, small_run):
+    """f, f + 10 and 3 f + 10 train the same policy: scores are counted from the reference's mean, in its deviations."""
+    runs = [small_run(f"--reward rewards.py:{name} --steps 3 --samples 3 --advantages {advantages}") for name in
+            ("letters", "ten_more", "three_times")]
+    tokens = torch.randint(256, (50, 8), generator=torch.Generator().manual_seed(0))
+    logits = [load_run(folder)[0](tokens) for _, folder in runs]
+    for (log, _), found in zip(runs[1:], logits[1:]):
+        torch.testing.assert_close(found, logits[0], rtol=0, atol=1e-5)
+        assert log[2]["scores"] == pytest.approx(runs[0][0][2]["scores"], rel=1e-5)
+
+
+@pytest.mark.parametrize("prompts", [3, 120])
+def test_scores_of_the_reference_are_0_and_1(prompts, small_run, seen, monkeypatch):
+    """In mean and deviation, on its own 192 responses, however few prompts there are."""
+    monkeypatch.setattr(ppo, "read_jsonl", lambda *args: common.read_jsonl(*args)[:prompts])
+    small_run(f"--batch-size 192 --samples {64 if prompts == 3 else 2} --epochs 1")
+    scores = seen["compute_rewards"][0][0][0]
+    assert abs(scores.mean().item()) < 0.35 and scores.std().item() == pytest.approx(1, abs=0.35)
+
+
+def test_the_penalty_for_a_missing_eos_looks_at_the_response_alone(small_run, seen, monkeypatch):
+    """Not at the prompt, which may hold the id of <eos>, nor at the pads, which may have it."""
+    sample, eos = ppo.generate, []
+
+    def marked(model, prompts, length, end, *rest):
+        samples = sample(model, prompts, length, end, *rest)
+        eos[:] = [end]
+        samples.tokens[::2, 0] = end
+        samples.tokens[torch.arange(samples.tokens.shape[1]) >= samples.lengths[:, None]] = end
+        return samples
+    monkeypatch.setattr(ppo, "generate", marked)
+    for penalty in (0, 5):
+        small_run(f"--missing-eos-penalty {penalty}")
+    (plain, *_), (less, *_) = (given for given, _ in seen["compute_rewards"])
+    last = [ids[-1] for ids in (response for _, response in rows_of(seen["generate"][1][1]))]
+    assert 0 < sum(token == eos[0] for token in last) < 24
+    torch.testing.assert_close(plain - less, torch.tensor([0.0 if token == eos[0] else 5.0 for token in last]))
+
+
+def test_beta_adapts_to_the_kl_that_is_paid_for(small_run, seen):
+    """The rows alone say it: each beta from the last and from the KL beside it; and that is the beta and the KL of the
+    rewards."""
+    log, _ = small_run("--steps 6 --target-kl 0.05 --horizon 60 --beta 0.2 --lr 3e-3")
+    for row, after in zip(log, log[1:]):
+        change = min(max(row["kl"] / 0.05 - 1, -0.2), 0.2) * 24 / 60
+        assert after["beta"] == pytest.approx(row["beta"] * (1 + change), rel=1e-12)
+    for row, ((_, logprobs, ref_logprobs, _, beta), _) in zip(log, seen["compute_rewards"]):
+        assert row["beta"] == beta and row["kl"] == pytest.approx((logprobs - ref_logprobs).sum(1).mean().item(), abs=1e-6)
+    assert {row["beta"] < 0.2 for row in log[1:]} == {True, False} or log[-1]["beta"] != log[1]["beta"]
+
+
+def test_the_reference_is_not_trained_and_the_value_network_not_kept(small_run, toy, monkeypatch):
+    """Neither its file nor the network in memory; model.pt has the names and shapes of the SFT policy, and other numbers."""
+    seen, report = [], evaluate.report
+    monkeypatch.setattr(evaluate, "report", lambda *args: seen.append(args[3]) or report(*args))
+    before = common.sha256(toy[1] / "runs/sft/model.pt")
+    _, folder = small_run("--steps 2 --lr 1e-2")
+    ref, policy = (torch.load(path / "model.pt", weights_only=True) for path in (toy[1] / "runs/sft", folder))
+    assert common.sha256(toy[1] / "runs/sft/model.pt") == before
+    assert all(torch.equal(x, ref["model"][name]) for name, x in seen[0].state_dict().items())
+    assert policy["kind"] == "GPT" and {k: v.shape for k, v in policy["model"].items()} == {k: v.shape for k, v in
+                                                                                            ref["model"].items()}
+    assert not any(torch.equal(x, ref["model"][name]) for name, x in policy["model"].items())
+
+
+# ---- what goes wrong -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("network", ["policy", "value"])
+def test_a_nan_in_a_network_stops_the_run(network, toy, tmp_path, monkeypatch):
+    """At the step it is met, with that step's number; the checkpoint before it is whole."""
+    sample, calls = ppo.generate, []
+
+    def poisoned(model, *rest):
+        calls.append(model)
+        if network == "policy" and len(calls) == 4:  # the reference's samples are the first, step 2's the fourth
+            with torch.no_grad():
+                model.wpe.weight[1, 0] = float("nan")
+        return sample(model, *rest)
+    monkeypatch.setattr(ppo, "generate", poisoned)
+    if network == "value":
+        start = reward_model.scalar_model
+        monkeypatch.setattr(reward_model, "scalar_model", lambda *args: torch.nn.init.constant_(
+            (model := start(*args)).head.bias, float("nan")) is None or model)
+    said = clone.run_here(*toy, "ppo", *(GIVEN + f"--steps 4 --checkpoint-every 0 --out {tmp_path / 'run'}").split())
+    step = 2 if network == "policy" else 0
+    assert said.startswith(f"error: step {step}: loss = nan") and "value_loss = nan" in said and "\n" not in said
+    assert not (tmp_path / "run/model.pt").exists()
+    state = common.load_checkpoint(tmp_path / "run/checkpoint.pt")
+    assert state is None if network == "value" else all(x.isfinite().all() for x in state["model"].values())
+
+
+def warned(rows: list[dict], responses: list[str], eos_rate: float, capsys) -> list[str]:
+    """The warnings that two updates in a row give: each is logged once and said once."""
+    run = SimpleNamespace(rows=rows, log=lambda **values: rows.append(values))
+    for step in (7, 8):
+        ppo.warn(run, step, responses, eos_rate)
+    found = [row for row in rows if "warning" in row]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert said == [f"warning: step 7: {row['message']}" for row in found] and all(row["step"] == 7 for row in found)
+    return [row["warning"] for row in found]
+
+
+def test_what_is_warned_of(capsys):
+    """All responses alike, none that ends where they did, a KL below 0 for many updates by more than its error: and nothing
+    that a healthy run shows."""
+    different, alike = [str(i) for i in range(32)], ["same"] * 32
+
+    def rows(kl, error=0.1, eos_rate=0.9):
+        return [{"step": i, "kl": k, "kl_se": error, "eos_rate": eos_rate} for i, k in enumerate(kl)]
+    assert warned(rows([0.0] * 3), different, 0.9, capsys) == []
+    assert warned(rows([0.0] * 3), alike, 0.9, capsys) == ["collapse"]
+    assert warned(rows([0.0] * 3), different, 0.0, capsys) == ["endless"]
+    assert warned(rows([0.0] * 3, eos_rate=0.2), different, 0.0, capsys) == []  # few ever did
+    assert warned(rows([0.5] * 9 + [-0.2]), different, 0.9, capsys) == []  # one estimate may fall below 0
+    assert warned(rows([-0.05] * 3), different, 0.9, capsys) == []  # 0.05 +- 0.06
+    assert warned(rows([0.5] * 5 + [-0.3] * 10), different, 0.9, capsys) == ["kl"]
+    assert sorted(warned(rows([-0.3] * 10), alike, 0.0, capsys)) == ["collapse", "endless", "kl"]
+
+
+@pytest.mark.parametrize("temperature, name, message", [
+    (0.0, "collapse", "the policy has collapsed: 1 different responses among 64"), (3.0, "kl", "the KL is negative, -")])
+def test_a_warning_is_in_the_log_and_on_stderr(temperature, name, message, small_run, monkeypatch, capsys):
+    """A policy that says one thing, because it is sampled at temperature 0; and one that is scored at another temperature than
+    it is sampled with, whose KL seems to be below 0."""
+    sample = ppo.generate
+    monkeypatch.setattr(ppo, "generate", lambda *args: sample(*args, temperature=temperature))
+    _, folder = small_run("--steps 12 --batch-size 64 --samples 64 --lr 1e-2")
+    row, = (row for row in log_of(folder) if row.get("warning") == name)
+    assert row["message"].startswith(message)
+    assert capsys.readouterr().err.count(f"warning: step {row['step']}: {message}") == 1
