@@ -363,7 +363,7 @@ class Run:
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
             self.step = state["step"]
-            self.started -= state["seconds"]
+            self.started -= state.get("seconds", 0)
             print(f"resuming {self.folder} at step {self.step}")
             if (self.folder / "log.jsonl").exists():  # rows after the checkpoint will be written again
                 text = (self.folder / "log.jsonl").read_text().splitlines()

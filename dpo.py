@@ -75,6 +75,9 @@ class Config:
                         from_0="alpha prompts micro_batch_size seed evaluate_every checkpoint_every")
         require(0 <= self.label_smoothing < 0.5, f"--label-smoothing {self.label_smoothing}: must be in [0, 0.5)")
         base = Path(self.sft).parent if self.sft else runs_folder(self.dataset, self.preset)
+        require(self.loss == "dpo" or not self.label_smoothing, "--label-smoothing: needs --loss dpo")
+        require(self.loss == "unlikelihood" or self.alpha == Config.alpha, "--alpha: needs --loss unlikelihood")
+        require(not (self.prompts and self.pairs), "--prompts: not with --pairs")
         labels = "-own" if self.pairs else "-argmax" if self.labels == "argmax" and self.dataset == "reviews" else ""
         labels += f"-{self.prompts}" if self.prompts else ""
         weight = f"beta{self.beta:g}" if self.loss == "dpo" else f"alpha{self.alpha:g}"
@@ -134,10 +137,10 @@ def train(config: Config) -> Path:
     prompt_lengths = torch.tensor([len(p.prompt) for p in pairs] * 2)
 
     # ---- 2) reference log-probabilities, once: of these weights and these pairs, for every beta and seed --------------
-    cache = base / "ref-logprobs" / f"{weights}-{sha256(path)[:16]}-{config.dtype}.pt"
-    if cache.exists():
+    cache = base / "ref-logprobs" / f"{weights}-{sha256(path)[:16]}-{device().type}-{config.dtype}.pt"
+    try:
         ref_logprobs = torch.load(cache, weights_only=True)
-    else:
+    except Exception:  # not there, or damaged, of which torch.load knows many kinds
         ref_logprobs = summed_logprobs(ref, tokens, prompt_lengths, lengths, config.dtype)
         atomic_write(cache, lambda file: torch.save(ref_logprobs, file))
 
@@ -202,6 +205,7 @@ def train(config: Config) -> Path:
         logprobs = torch.stack([summed_logprobs(policy, tokens[r], prompt_lengths[r], lengths[r], config.dtype)
                                 for r in (rows, rows + len(pairs))])
         losses, chosen_rewards, rejected_rewards = dpo_loss(*logprobs, *ref_logprobs.view(2, -1)[:, rows], config.beta)
+        losses = losses if dpo else unlikelihood_loss(*logprobs, config.alpha)
         result |= {"held_out_loss": losses.mean().item(),
                    "held_out_accuracy": (chosen_rewards > rejected_rewards).float().mean().item()}
     run.log(**result)
@@ -209,12 +213,12 @@ def train(config: Config) -> Path:
     run.finish(kind="GPT", architecture=asdict(policy.config), dataset=config.dataset, tokenizer=tokenizer.fingerprint)
     scale = label_scale(config.dataset, config.preset) if dpo and config.labels == "bt" and not config.pairs else None
     rows = evaluate.report(run.folder, name, policy, ref, tokenizer, bank, gold, config.beta / scale if scale else None, result)
-    draw(run.rows, bank, rows, run.folder / "figure.png")
+    draw(run.rows, name, bank, rows, run.folder / "figure.png")
     print(f"\nfigure, log, samples and model  ->  {run.folder}")
     return run.folder
 
 
-def draw(log: list[dict], bank: evaluate.Bank, rows: dict[str, dict], path: Path) -> None:
+def draw(log: list[dict], name: str, bank: evaluate.Bank, rows: dict[str, dict], path: Path) -> None:
     """Loss and accuracy of the implicit reward; gold reward against KL with the optimal curve."""
     import matplotlib
     matplotlib.use("Agg")
@@ -222,11 +226,12 @@ def draw(log: list[dict], bank: evaluate.Bank, rows: dict[str, dict], path: Path
     log = [row for row in log if "loss" in row]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     smooth = max(1, len(log) // 40)
-    for name, color in (("loss", "tab:blue"), ("accuracy", "tab:orange")):
-        values = torch.tensor([row[name] for row in log])
-        left.plot(values.unfold(0, smooth, 1).mean(1), color=color, label=f"{name} (mean of {smooth} steps)")
-    left.axhline(0.6931, color="tab:blue", linestyle=":", linewidth=1, label="ln 2, the loss at the start")
-    left.set(xlabel="step", title="DPO on the pairs")
+    for key, color in (("loss", "tab:blue"), ("accuracy", "tab:orange")):
+        values = torch.tensor([row[key] for row in log])
+        left.plot(values.unfold(0, smooth, 1).mean(1), color=color, label=f"{key} (mean of {smooth} steps)")
+    if name.startswith("DPO"):
+        left.axhline(0.6931, color="tab:blue", linestyle=":", linewidth=1, label="ln 2, the loss at the start")
+    left.set(xlabel="step", title=f"{name} on the pairs")
     left.legend(fontsize=8)
     evaluate.draw_frontier(right, bank, rows)
     right.set_title("test prompts: gold reward against KL")

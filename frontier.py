@@ -63,7 +63,7 @@ class Config:
     sft: str = ""  # run folder of the SFT policy, if not runs/<dataset>/sft
     out: str = ""  # folder of the sweep, if not frontier beside the SFT policy
 
-    PRESETS: ClassVar[dict] = {("imdb", "cpu"): dict(seeds=1), ("imdb", "gpu"): {}}
+    PRESETS: ClassVar[dict] = {("imdb", "cpu"): dict(seeds=1), ("imdb", "gpu"): dict(seeds=3)}
 
     def __post_init__(self) -> None:
         require_numbers(self, above_0="seeds", from_0="workers")
@@ -138,7 +138,9 @@ def plan(config: Config, base: Path) -> list[Planned]:
                 setting = ", ".join(f"{name.replace('_', ' ')} {settings[name]:g}" for name in NAMED if name in settings
                                     and not (name == "beta" and "target_kl" in settings)) or "default"
                 folder = Path(config.out) / f"{method}-{setting}-seed{seed}".lower().replace(", ", "-").replace(" ", "")
-                more = dict(on="chosen", init=str(base / "sft")) if module is sft else dict(sft=config.sft)
+                pairs = defaults(dpo.Config, config.dataset, config.preset).labels
+                more = (dict(on="chosen", init=config.sft or str(base / "sft"), pairs=str(base / f"pairs-{pairs}" / "pairs.jsonl"))
+                        if module is sft else dict(sft=config.sft))
                 settings = {"evaluate_every": EVERY[config.dataset == "imdb", module.__name__], **settings, **more, "seed": seed,
                             "dtype": config.dtype, "resume": True, "out": str(folder)}
                 planned.append(Planned(method, setting, seed, module.__name__,
@@ -154,9 +156,18 @@ def die_with_parent() -> None:
         pass
 
 
-def run_all(planned: list[Planned], workers: int, folder: Path) -> None:
+def is_there(run: Planned, weights: str) -> bool:
+    """Whether the run is finished. One with other settings, or from another SFT policy, stops the sweep before it starts."""
+    path = Path(run.config.out) / "config.json"
+    built_from = read_json(path)["built_from"] if path.exists() else {"sft": weights}
+    if built_from.get("sft", built_from.get("init")) != weights:
+        fail(f"{path.parent} was made from another SFT policy: delete it")
+    return finished(run.config)
+
+
+def run_all(planned: list[Planned], workers: int, folder: Path, weights: str) -> None:
     """Run what is not finished, `workers` at a time. Ctrl-C lets every run write its checkpoint first."""
-    left = [p for p in planned if not finished(p.config)]
+    left = [p for p in planned if not is_there(p, weights)]
     threads = 1 if device().type == "cpu" and workers > 1 else torch.get_num_threads()
     running: dict[subprocess.Popen, tuple[Planned, Path]] = {}
     started, total = time.time(), len(left)
@@ -183,20 +194,19 @@ def run_all(planned: list[Planned], workers: int, folder: Path) -> None:
         for process in running:
             process.send_signal(signal.SIGINT)
         for process in running:
-            process.wait()
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:  # a shell may have told it to ignore Ctrl-C; its last checkpoint is there
+                process.kill()
 
 
 # ---- what came of it ---------------------------------------------------------------------------------------------------
 
-def collect(planned: list[Planned], weights: str) -> list[dict]:
+def collect(planned: list[Planned]) -> list[dict]:
     """One row an evaluation of every run: method, setting, seed, step, and what was measured."""
     rows = []
     for run in planned:
-        folder = Path(run.config.out)
-        built_from = read_json(folder / "config.json")["built_from"]
-        if built_from.get("sft", built_from.get("init")) != weights:
-            fail(f"{folder} was made from another SFT policy: delete it")
-        log = read_jsonl(folder / "log.jsonl", {"step": int})
+        log = read_jsonl(Path(run.config.out) / "log.jsonl", {"step": int})
         cost = next(row for row in reversed(log) if "seconds" in row)
         rows += [{"method": run.method, "setting": run.setting, "seed": run.seed, "step": row["step"],
                   **{name.removeprefix("eval_"): value for name, value in row.items() if name.startswith("eval_")},
@@ -318,13 +328,13 @@ def draw(rows: list[dict], bank: evaluate.Bank, dataset: str, folder: Path) -> N
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     curve, runs = evaluate.frontier(bank.rewards), by_run(rows)
-    colors = dict(zip(runs, ("tab:olive", "tab:brown", "tab:blue", "tab:orange", "tab:green", "tab:purple")))
+    colors = {method: plt.get_cmap("tab10")(i % 10) for i, method in enumerate(runs)}
     figure, axes = plt.subplots(1, 3, figsize=(17, 5.2), layout="constrained", width_ratios=(5, 5, 3))
     best = [(evaluate.best_of_n_kl(n), (evaluate.best_of_n_weights(bank.rewards, n) * bank.rewards).sum(1).mean().item())
             for n in (1, 2, 4, 8, 16, 32, 64) if n <= bank.rewards.shape[1] // 4]
     for axis, limit in zip(axes[:2], (4.0, 1.05 * max(row["kl"] for row in rows))):
         axis.plot([p["kl"] for p in curve], [p["reward"] for p in curve], color="black", linewidth=2,
-                  label=r"optimum $\\pi_{ref}\\, e^{r/\\beta} / Z$")
+                  label=r"optimum $\pi_{ref}\, e^{r/\beta} / Z$")
         axis.plot([curve[-1]["kl"], limit], [1, 1], ":", color="black", linewidth=1)
         axis.plot(*zip(*best), "o--", color="gray", markersize=4, label="best of n (bound on its KL)")
         for method, settings in runs.items():
@@ -337,7 +347,7 @@ def draw(rows: list[dict], bank: evaluate.Bank, dataset: str, folder: Path) -> N
                 axis.plot(kl, reward, color=colors[method], linewidth=1.6, label=method)
                 if not error.isnan().any():
                     axis.fill_between(kl, reward - error, reward + error, color=colors[method], alpha=0.2, linewidth=0)
-        axis.set(xlabel=r"KL$(\\pi \\,\\|\\, \\pi_{ref})$, nats per response", xlim=(-0.02 * limit, limit))
+        axis.set(xlabel=r"KL$(\pi \,\|\, \pi_{ref})$, nats per response", xlim=(-0.02 * limit, limit))
     axes[0].set(ylabel="gold reward", title=f"{dataset}: where the optimum lives")
     axes[1].set(title="all evaluations")
     axes[1].legend(loc="lower right")
@@ -376,10 +386,10 @@ def main(config: Config) -> None:
 
     # ---- 2) the runs -------------------------------------------------------------------------------------------------
     folder = Path(config.out)
-    run_all(planned, config.workers or (1 if device().type == "cuda" else os.cpu_count() or 1), folder)
+    run_all(planned, config.workers or (1 if device().type == "cuda" else os.cpu_count() or 1), folder, weights)
 
     # ---- 3) rows, table, figure --------------------------------------------------------------------------------------
-    rows = collect(planned, weights)
+    rows = collect(planned)
     write_jsonl(folder / "results.jsonl", rows)
     lines = table(rows, bank)
     text = markdown(lines, bank)

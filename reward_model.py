@@ -72,6 +72,7 @@ class Config:
                         from_0="prompts block_size micro_batch_size weight_decay seed checkpoint_every")
         require(self.block_size == 0 or self.block_size > 2, f"--block-size {self.block_size}: must be 0 or > 2")
         require(self.on == "pairs" or not self.pairs, "--pairs: needs --on pairs")
+        require(self.on == "pairs" and not self.pairs or not self.prompts, "--prompts: needs --on pairs, without --pairs")
         base = Path(self.sft).parent if self.sft else runs_folder(self.dataset, self.preset)
         size = f"-{self.prompts}" if self.prompts else ""
         self.out = self.out or str(base / (f"reward-model{size}" if self.on == "pairs" else "gold"))

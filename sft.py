@@ -146,6 +146,8 @@ def train(config: Config) -> Path:
     held_prompt_lengths = torch.tensor(held_prompts[:1000])
 
     if config.evaluate_every:  # the reference is the policy that Preferred-FT starts from
+        if not (Path(config.init) / "model.pt").exists():
+            fail(f"--evaluate-every: needs the run folder of an SFT policy as --init, not {config.init}")
         base, ref = Path(config.init).parent, copy.deepcopy(model).eval()
         gold = evaluate.gold_reward(config.dataset, base)
         bank = evaluate.ensure_bank(base, config.dataset, config.preset, ref, tokenizer, fingerprint(ref.state_dict()), gold)

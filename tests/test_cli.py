@@ -146,6 +146,7 @@ def test_ranges_of_dpo(argv, expected, refused):
     (["--batch-size", "4", "--minibatches", "5"], "--minibatches 5: more than --batch-size 4"),
     (["--minibatches", "61", "--reward", "gold", "--sft", "runs/reviews/sft", "--out", "new-ppo"], "--minibatches 61: "),
     (["--advantages", "leave-one-out"], "--advantages leave-one-out: needs --samples 2 or more"),
+    (["--prompts", "50", "--reward", "gold"], "--prompts: needs --reward model"),
     (["--advantages", "loo"], "argument --advantages: invalid choice: 'loo'"),
     # the change of beta in a batch is at most a fifth of batch / horizon: from 1 on, beta would be 0 or negative
     (["--horizon", "10", "--batch-size", "64", "--target-kl", "1"], "--horizon 10: ")])

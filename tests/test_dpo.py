@@ -4,6 +4,7 @@ The central test is `test_all_roads_lead_to_the_same_policy`.
 """
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -315,7 +316,7 @@ def test_first_step_of_unlikelihood_is_the_definition(small_run, sft_run, pairs_
         assert "Unlikelihood alpha 0.3" in json.loads((folder / "evaluation.json").read_text())["table"]
 
 
-def test_unlikelihood_has_no_reference_and_no_beta(small_run, monkeypatch):
+def test_unlikelihood_has_no_reference_and_no_beta(small_run, sft_run, tmp_path, monkeypatch):
     """Another beta, or noise in place of the reference's log-probabilities: other implicit rewards in the log, but the same
     losses and the same weights, bit by bit. Another alpha is another policy, and DPO's reference does count."""
     def end(**settings):
@@ -323,9 +324,9 @@ def test_unlikelihood_has_no_reference_and_no_beta(small_run, monkeypatch):
         return ([row["loss"] for row in rows[:-1]], sha256(folder / "model.pt")), rows[-2]["margin"]
     plain, margin = end(loss="unlikelihood")
     found = [end(loss="unlikelihood", beta=5.0), end(loss="unlikelihood", alpha=0.2), end()]
-    draw = torch.Generator().manual_seed(0)
+    draw, noisy = torch.Generator().manual_seed(0), dict(sft=str(shutil.copytree(sft_run, tmp_path / "noisy/sft")))
     monkeypatch.setattr(dpo, "summed_logprobs", lambda _, tokens, *__: -50 * torch.rand(len(tokens), generator=draw))
-    found += [end(loss="unlikelihood"), end()]
+    found += [end(loss="unlikelihood", **noisy), end(**noisy)]
     assert [f[0] == plain for f in found] == [True, False, False, True, False] and found[2][0] != found[4][0]
     assert found[0][1] == pytest.approx(50 * margin, rel=1e-3) and found[3][1] != margin
 
@@ -359,6 +360,35 @@ def test_reference_logprobs_stay_with_their_rows(small_run, sft_run):
     assert sha256(sft_run / "model.pt") == before
     kl = [json.loads((run / "evaluation.json").read_text())["table"]["DPO beta 1"]["kl"] for run in (folder, moved)]
     assert kl[0] == pytest.approx(0, abs=1e-4) and kl[1] > 1  # one policy is where it started, the other has left
+
+
+def test_reference_logprobs_are_kept_of_these_weights_pairs_and_dtype(small_run, sft_run, pairs_file, tmp_path, monkeypatch):
+    """The second run of the same pairs does not compute them again and ends with the same weights; pairs in another order, or
+    bf16, get a file of their own, and with a learning rate of almost zero every loss is ln 2 with each of them."""
+    own, computed, original = dict(sft=str(shutil.copytree(sft_run, tmp_path / "own/sft"))), [], summed_logprobs
+    monkeypatch.setattr(dpo, "summed_logprobs", lambda *args: computed.append(len(args[1])) or original(*args))
+    kept = lambda: sorted((tmp_path / "own/ref-logprobs").iterdir())  # noqa: E731
+    first, again = (small_run(**own)[1] for _ in range(2))
+    assert computed == [160, 4, 4, 4, 4] and len(kept()) == 1  # all 80 pairs once, and each time those that are held out
+    assert sha256(first / "model.pt") == sha256(again / "model.pt")
+    (tmp_path / "turned.jsonl").write_text("\n".join(reversed(pairs_file.read_text().splitlines())))
+    for files, more in ((2, dict(pairs=str(tmp_path / "turned.jsonl"))), (3, dict(dtype="bfloat16")), (3, {})):
+        rows, _ = small_run(**own, **more, lr=1e-12)
+        assert len(kept()) == files
+        assert all(row["loss"] == pytest.approx(math.log(2), abs=1e-5 if "dtype" not in more else 0.02) for row in rows[:-1])
+
+
+def test_damaged_reference_logprobs_are_computed_again_or_named_in_one_line(small_run, sft_run, tmp_path):
+    """As every other file that a run reads: no traceback, and no training on what is left of it."""
+    own = dict(sft=str(shutil.copytree(sft_run, tmp_path / "own/sft")))
+    _, alone = small_run(**own)
+    kept, = (tmp_path / "own/ref-logprobs").iterdir()
+    for damage in (kept.read_bytes()[:300], b""):
+        kept.write_bytes(damage)
+        try:
+            assert sha256(small_run(**own)[1] / "model.pt") == sha256(alone / "model.pt")
+        except SystemExit as stop:
+            assert str(stop).startswith("error: ") and kept.name in str(stop) and "\n" not in str(stop)
 
 
 def test_precomputed_reference_logprobs_are_those_of_the_definition_and_draw_nothing(sft_run, pairs_file):

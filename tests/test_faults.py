@@ -501,8 +501,8 @@ def test_a_fresh_clone_builds_what_it_lacks_once(root, tmp_path, monkeypatch):
     monkeypatch.setattr(sft.Config, "PRESETS", {("reviews", "cpu"): tiny})
     assert clone.run_here(root, tmp_path, "dpo") == 0
     runs = tmp_path / "runs/reviews"
-    assert sorted(os.listdir(runs)) == ["bank", "dpo-beta0.1-seed0", "pairs-bt", "sft"]
-    before = {name: tree(runs / name) for name in ("sft", "pairs-bt", "bank")}
+    assert sorted(os.listdir(runs)) == ["bank", "dpo-beta0.1-seed0", "pairs-bt", "ref-logprobs", "sft"]
+    before = {name: tree(runs / name) for name in ("sft", "pairs-bt", "bank", "ref-logprobs")}
     assert clone.run_here(root, tmp_path, "dpo", "--beta", "0.5") == 0
     assert {name: tree(runs / name) for name in before} == before
     assert clone.run_here(root, tmp_path, "ppo", "--steps", "2", "--batch-size", "8") == 0  # lacks the reward model only

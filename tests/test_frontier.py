@@ -212,7 +212,7 @@ def stubs(tmp_path, monkeypatch):
 
 def test_as_many_runs_at_a_time_as_there_are_workers(stubs, tmp_path, capsys):
     """Two of five at a time, with one thread each; every command is printed, and what a run prints is in a file."""
-    frontier.run_all(stubs(2, 3, 4, 5, 6), 2, tmp_path)
+    frontier.run_all(stubs(2, 3, 4, 5, 6), 2, tmp_path, "")
     times = sorted((p.stat().st_mtime_ns, 1 if p.name == "began" else -1) for p in tmp_path.glob("runs/*/*"))
     running = [sum(change for _, change in times[:i + 1]) for i in range(len(times))]
     assert len(times) == 10 and max(running) == 2 and running[-1] == 0
@@ -225,7 +225,7 @@ def test_as_many_runs_at_a_time_as_there_are_workers(stubs, tmp_path, capsys):
 def test_a_run_that_fails_stops_the_sweep_in_one_line(stubs, tmp_path):
     """With the command and the last line that it said; the run beside it may save itself first, the next is not begun."""
     with pytest.raises(SystemExit) as stop:
-        frontier.run_all(stubs(0, 1, 2), 2, tmp_path)
+        frontier.run_all(stubs(0, 1, 2), 2, tmp_path, "")
     assert str(stop.value) == (f"error: python stub.py --out {tmp_path / 'runs/1'} --seed 1: error: it is broken "
                                f"(all of it: {tmp_path / 'output/1.txt'})")
     assert sorted(os.listdir(tmp_path / "runs/0")) == ["began", "stopped"] and not (tmp_path / "runs/2").exists()
@@ -375,7 +375,7 @@ def test_a_sweep_that_is_killed_and_interrupted_ends_where_one_that_was_left_alo
     def underway() -> list[Path]:
         return [path for path in folder.glob("*/checkpoint.pt") if not path.with_name("model.pt").exists()]
 
-    for stop, moment in ((signal.SIGKILL, underway), (signal.SIGINT, lambda: done() and underway())):
+    for stop, moment, runs in ((signal.SIGKILL, underway, 0), (signal.SIGINT, lambda: done() and underway(), 1)):
         process = start()
         wait_for(moment, process)
         assert len(processes_of(root)) >= 2
@@ -384,9 +384,8 @@ def test_a_sweep_that_is_killed_and_interrupted_ends_where_one_that_was_left_alo
         end = time.monotonic() + 5  # the kernel takes a moment
         while (left := processes_of(root)) and time.monotonic() < end:
             time.sleep(0.01)
-        assert not left and not (folder / "results.jsonl").exists()
+        assert not left and done() == runs and not (folder / "results.jsonl").exists()  # and none has run on to its end
     assert process.returncode in (130, -signal.SIGINT) and messages(errors) == ["stopped"], errors
-    assert done() == 1
 
     process = start()
     output, errors = process.communicate(timeout=120)

@@ -61,10 +61,10 @@ def test_the_score_comes_with_the_last_token_and_the_kl_with_every_one():
 
 
 @pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (1.0, 0.95), (0.9, 0.8), (1.0, 0.0), (0.9, 1.0), (0.0, 0.5)])
-@pytest.mark.parametrize("beyond", [0.0, 1e30])
+@pytest.mark.parametrize("beyond", [0.0, 1e30])  # what stands behind the end of a row
 def test_gae_is_the_definition(gamma, lam, beyond):
     """A_t = sum_k (gamma lam)^k delta_{t+k} by two loops; a row ends at its end, whatever stands behind it."""
-    rewards, values = ragged(1, beyond), ragged(2, beyond)
+    rewards, values = ragged(1, beyond), ragged(2, -2 * beyond)
     expected = torch.zeros(6, 5, dtype=torch.double)
     for b, n in enumerate(SIZES):
         v = [*values[b, :n].tolist(), 0.0]
@@ -321,41 +321,51 @@ def rows_of(samples) -> list[tuple[list[int], list[int]]]:
             zip(samples.tokens.tolist(), samples.prompt_lengths.tolist(), samples.lengths.tolist())]
 
 
-@pytest.mark.parametrize("how", ["--batch-size 240 --samples 2 --epochs 4",
-                                 "--batch-size 480 --samples 4 --epochs 2 --advantages leave-one-out"])
-def test_the_script_reaches_the_optimum(how, small_run, toy):
-    """99% of what can be gained of E[r] - beta KL over the reference, every expectation a sum over all responses. A prompt of
-    one letter has 1 + 258 * 259 of them, one of two letters 259."""
-    log, folder = small_run(f"{how} --sft short/sft --steps 100 --beta 0.5 --lr 1e-2 --value-lr 1e-2 --warmup 10 "
-                            "--micro-batch-size 480")
-    networks = [load_run(toy[1] / "short/sft")[0], load_run(folder)[0]]
-    tokenizer, reward = Tokenizer.load(folder / "tokenizer.tiktoken"), user_reward(f"{toy[1] / 'rewards.py'}:letters")
-    not_eos = [v for v in range(259) if v != tokenizer.eos]
-    of_one = [[v] for v in range(259)]
-    of_two = [[tokenizer.eos], *([v, w] for v in not_eos for w in range(259))]
+@torch.no_grad()
+def worlds(work, *networks) -> list[tuple[torch.Tensor, ...]]:
+    """Of each prompt: log pi of every response by each network of at most 4 tokens, and its reward. A prompt of one letter has
+    1 + 258 * 259 responses, one of two letters 259."""
+    tokenizer, reward = Tokenizer.load(work / "short/sft/tokenizer.tiktoken"), user_reward(f"{work / 'rewards.py'}:letters")
+    not_eos, found = [v for v in range(259) if v != tokenizer.eos], []
 
-    @torch.no_grad()
     def logprobs(model, prompt):
         first = model(torch.tensor([prompt]))[0, -1].double().log_softmax(0)
         if len(prompt) == 3:
             return first
         second = model(torch.tensor([prompt + [v] for v in not_eos]))[:, -1].double().log_softmax(1)
         return torch.cat([first[[tokenizer.eos]], (first[not_eos, None] + second).flatten()])
-
-    worlds = []  # of each prompt: log pi_ref, log pi and the reward of every response
     for prompt in PROMPTS:
-        texts = [tokenizer.decode(ids) for ids in (of_two if len(prompt) == 1 else of_one)]
-        worlds.append((*(logprobs(network, [tokenizer.bos, *tokenizer.encode(prompt)]) for network in networks),
-                       reward([prompt] * len(texts), texts).double()))
-        assert all(x.exp().sum().item() == pytest.approx(1, abs=1e-5) for x in worlds[-1][:2])
+        rows = [[v] for v in range(259)] if len(prompt) == 2 else [
+            [tokenizer.eos], *([v, w] for v in not_eos for w in range(259))]
+        texts = [tokenizer.decode(ids) for ids in rows]
+        found.append((*(logprobs(network, [tokenizer.bos, *tokenizer.encode(prompt)]) for network in networks),
+                      reward([prompt] * len(texts), texts).double()))
+        assert all(x.exp().sum().item() == pytest.approx(1, abs=1e-5) for x in found[-1][:-1])
+    return found
+
+
+@pytest.mark.parametrize("how", ["--batch-size 240 --samples 2 --epochs 4",
+                                 "--batch-size 480 --samples 4 --epochs 2 --advantages leave-one-out"])
+def test_the_script_reaches_the_optimum(how, small_run, toy):
+    """99% of what can be gained of E[r] - beta KL over the reference, every expectation a sum over all responses."""
+    log, folder = small_run(f"{how} --sft short/sft --steps 100 --beta 0.5 --lr 1e-2 --value-lr 1e-2 --warmup 10 "
+                            "--micro-batch-size 480")
     high, low = (choose(log, key=lambda row: row["raw_scores"]) for choose in (max, min))
     std = (high["raw_scores"] - low["raw_scores"]) / (high["scores"] - low["scores"])  # scores = (raw - mean) / std
-    mean, square = (sum((ref.exp() * r ** k).sum().item() for ref, _, r in worlds) / 3 for k in (1, 2))
-    assert std == pytest.approx(math.sqrt(square - mean ** 2), rel=0.3)
-    beta = 0.5 * std
-    best = sum(beta * torch.logsumexp(ref + r / beta, 0) for ref, _, r in worlds) / 3
-    start, end = (sum((w[i].exp() * (w[2] - beta * (w[i] - w[0]))).sum() for w in worlds) / 3 for i in (0, 1))
+    beta, world = 0.5 * std, worlds(toy[1], load_run(toy[1] / "short/sft")[0], load_run(folder)[0])
+    best = sum(beta * torch.logsumexp(ref + r / beta, 0) for ref, _, r in world) / 3
+    start, end = (sum((w[i].exp() * (w[2] - beta * (w[i] - w[0]))).sum() for w in world) / 3 for i in (0, 1))
     assert best - start > 0.3 and ((end - start) / (best - start)).item() > 0.99
+
+
+def test_responses_are_drawn_from_the_softmax_that_is_scored(small_run, toy):
+    """Before the first update their mean reward is the reference's, and their mean surprise its entropy, both known exactly; a
+    temperature of 0.9 would lower the entropy by five standard errors."""
+    log, _ = small_run("--sft short/sft --batch-size 10800 --samples 90 --epochs 1 --micro-batch-size 3600")
+    world = worlds(toy[1], load_run(toy[1] / "short/sft")[0])
+    for name, number in (("entropy", lambda ref, r: -ref), ("raw_scores", lambda ref, r: r)):
+        mean, square = (sum((ref.exp() * number(ref, r) ** k).sum().item() for ref, r in world) / 3 for k in (1, 2))
+        assert log[0][name] == pytest.approx(mean, abs=4 * math.sqrt((square - mean ** 2) / 10800))
 
 
 @both
@@ -416,7 +426,7 @@ def test_a_batch_starts_at_ratio_1_and_the_run_at_the_reference(advantages, smal
 
 def test_what_is_logged_is_a_mean_over_responses_or_over_tokens(small_run, seen, toy):
     """Every column of the second update from what the functions were given, by loops that never see a pad."""
-    log, folder = small_run("--steps 2 --epochs 2 --minibatches 2 --missing-eos-penalty 0.7 --lr 5e-3")
+    log, folder = small_run("--steps 2 --epochs 2 --minibatches 2 --missing-eos-penalty 0.7 --lr 3e-2")
     row, tokenizer = log[1], Tokenizer.load(folder / "tokenizer.tiktoken")
     samples = rows_of(seen["generate"][2][1])
     (scores, old, ref, mask, _), _ = seen["compute_rewards"][1]
@@ -434,8 +444,8 @@ def test_what_is_logged_is_a_mean_over_responses_or_over_tokens(small_run, seen,
         "length": mean(len(response) for _, response in samples), "distinct": len(set(texts)) / 24,
         "eos_rate": mean(tokenizer.eos in response for _, response in samples),
         "explained_variance": 1 - var([r - v for r, v in zip(flat(returns), flat(values))]) / var(flat(returns))}
-    steps = defaultdict(list)
-    for (new, before, _, there, _), (losses, _) in seen["policy_loss"][-4:]:  # two passes, two optimizer steps each
+    steps, parts = defaultdict(list), seen["policy_loss"][-4:]  # two passes, two optimizer steps each
+    for (new, before, _, there, _), (losses, _) in parts:
         change = [(new[b, t] - before[b, t]).item() for b, n in enumerate(there.sum(1).tolist()) for t in range(n)]
         steps["approx_kl"].append(mean(x * x / 2 for x in change))
         steps["ratio"].append(mean(math.exp(x) for x in change))
@@ -443,7 +453,10 @@ def test_what_is_logged_is_a_mean_over_responses_or_over_tokens(small_run, seen,
         steps["loss"].append(losses.sum().item() / len(change))
     for name, value in {**expected, **{name: mean(values) for name, values in steps.items()}}.items():
         assert row[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
-    assert 0 < row["eos_rate"] < 1 and row["approx_kl"] > 1e-5
+    assert 0 < row["eos_rate"] < 1 and min(change) < -0.3 and max(change) > 0.3
+    halves = [sorted(given[1].sum(1).tolist()) for given, _ in parts]  # each pass has every response once, in other halves
+    assert halves[0] != halves[2] and sorted(halves[0] + halves[1]) == sorted(halves[2] + halves[3])
+    assert sorted(halves[0] + halves[1]) == pytest.approx(sorted(old.sum(1).tolist()), abs=1e-5)
 
 
 @both
@@ -509,6 +522,21 @@ def test_beta_adapts_to_the_kl_that_is_paid_for(small_run, seen):
     for row, ((_, logprobs, ref_logprobs, _, beta), _) in zip(log, seen["compute_rewards"]):
         assert row["beta"] == beta and row["kl"] == pytest.approx((logprobs - ref_logprobs).sum(1).mean().item(), abs=1e-6)
     assert {row["beta"] < 0.2 for row in log[1:]} == {True, False} or log[-1]["beta"] != log[1]["beta"]
+
+
+def test_one_response_a_batch_is_legal(small_run):
+    """It has no spread: no column of the log may become a NaN by that, which is not even JSON."""
+    log, _ = small_run("--batch-size 1 --steps 3")
+    assert all(math.isfinite(value) for row in log for value in row.values())
+
+
+def test_learning_rates(small_run, monkeypatch):
+    """The policy's grows over the warm-up and falls in a line to 0; the value network's only falls, though it is as large."""
+    made, make = [], ppo.adamw
+    monkeypatch.setattr(ppo, "adamw", lambda *args: made.append(make(*args)) or made[-1])
+    log, _ = small_run("--steps 5 --warmup 10 --lr 1e-3 --value-lr 1e-3")
+    assert [row["lr"] for row in log] == pytest.approx([1e-3 * (1 - k / 5) * (k + 1) / 10 for k in range(5)])
+    assert [{group["lr"] for group in optimizer.param_groups} for optimizer in made] == [{log[4]["lr"]}, {1e-3 * (1 - 4 / 5)}]
 
 
 def test_the_reference_is_not_trained_and_the_value_network_not_kept(small_run, toy, monkeypatch):
