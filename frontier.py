@@ -10,8 +10,8 @@ core with one thread each, which is faster than one run on all of them. A run th
 was stopped goes on from its checkpoint, one that was made with other settings stops the sweep and is named.
 
 Every policy is evaluated along its training on held-out prompts. A method's reward at a given KL: each run's points are
-joined to a path, the path is read where it last crosses that KL, seeds are averaged, and the best setting counts; the
-standard error is over seeds. Choosing the best of several settings on the prompts it is reported for flatters each method
+joined to a path, the path is read where it last crosses that KL, seeds are averaged, and the best setting counts; the line
+through the settings' ends counts as one, too. The standard error is over seeds. Choosing the best of several settings on the prompts it is reported for flatters each method
 by about a standard error; the settings are the same for all seeds, and every method has several.
 
 Reads   what the scripts need, all built if it is missing
@@ -231,11 +231,18 @@ def mean_se(values: list[float]) -> tuple[float, float]:
 
 
 def best_at(runs: dict[str, dict[int, list[dict]]], kl: float) -> tuple[float, float, str] | None:
-    """Reward at this KL, its standard error over seeds, and the setting: the best of those whose every seed got there."""
-    found = []
-    for setting, paths in runs.items():
+    """Reward at this KL, its standard error over seeds, and the setting: the best of those whose every seed got there.
+
+    Beside the settings' own paths there is, for each seed, the line from the reference through the settings' ends.
+    """
+    found, ends = [], {}
+    for paths in (paths for setting, paths in runs.items() if "lr" not in setting):
+        for seed, path in paths.items():
+            ends.setdefault(seed, [path[0]]).append(path[-1])
+    between = {seed: sorted(rows, key=lambda row: row["kl"]) for seed, rows in ends.items()}
+    for setting, paths in [*runs.items(), ("between settings", between)]:
         values = [reward_at(path, kl) for path in paths.values()]
-        if None not in values:
+        if values and None not in values:
             found.append((*mean_se(values), setting))
     return max(found, default=None)
 
@@ -329,7 +336,13 @@ def draw(rows: list[dict], bank: evaluate.Bank, dataset: str, folder: Path) -> N
     import matplotlib.pyplot as plt
     curve, runs = evaluate.frontier(bank.rewards), by_run(rows)
     colors = {method: plt.get_cmap("tab10")(i % 10) for i, method in enumerate(runs)}
-    figure, axes = plt.subplots(1, 3, figsize=(17, 5.2), layout="constrained", width_ratios=(5, 5, 3))
+    ends = defaultdict(lambda: defaultdict(list))  # beta -> learning rate -> the KLs at which DPO's runs end
+    for row in rows:
+        if row["method"] == "DPO" and row["last"]:
+            ends[row["beta"]][row["lr"]].append(row["kl"])
+    ends = {beta: by_lr for beta, by_lr in sorted(ends.items()) if len(by_lr) > 1}
+    widths = (5, 5, 3) if ends else (5, 5)
+    figure, axes = plt.subplots(1, len(widths), figsize=(1.3 * sum(widths), 5.2), layout="constrained", width_ratios=widths)
     best = [(evaluate.best_of_n_kl(n), (evaluate.best_of_n_weights(bank.rewards, n) * bank.rewards).sum(1).mean().item())
             for n in (1, 2, 4, 8, 16, 32, 64) if n <= bank.rewards.shape[1] // 4]
     for axis, limit in zip(axes[:2], (4.0, 1.05 * max(row["kl"] for row in rows))):
@@ -351,16 +364,12 @@ def draw(rows: list[dict], bank: evaluate.Bank, dataset: str, folder: Path) -> N
     axes[0].set(ylabel="gold reward", title=f"{dataset}: where the optimum lives")
     axes[1].set(title="all evaluations")
     axes[1].legend(loc="lower right")
-    ends = defaultdict(lambda: defaultdict(list))  # beta -> learning rate -> where DPO's runs end
-    for row in rows:
-        if row["method"] == "DPO" and row["last"]:
-            ends[row["beta"]][row["lr"]].append(row["kl"])
-    for beta, by_lr in sorted(ends.items()):
-        if len(by_lr) > 1:
-            axes[2].plot(*zip(*((lr, sum(kls) / len(kls)) for lr, kls in sorted(by_lr.items()))), "o-", label=f"beta {beta:g}")
-    axes[2].set(xscale="log", yscale="log", xlabel="learning rate", ylabel="KL at the end, nats per response",
-                title="DPO: the learning rate moves the KL, too")
-    if len(axes[2].lines):
+    for beta, by_lr in ends.items():
+        axes[2].plot(*zip(*((lr, sum(kls) / len(kls)) for lr, kls in sorted(by_lr.items()))), "o-", label=f"beta {beta:g}")
+    if ends:
+        axes[2].set(xscale="log", yscale="log", xlabel="learning rate", ylabel="KL at the end, nats per response",
+                    title="DPO: the learning rate moves the KL, too")
+        axes[2].xaxis.set_minor_formatter(plt.NullFormatter())
         axes[2].legend()
     for suffix in ("png", "svg"):
         figure.savefig(folder / f"frontier.{suffix}", dpi=150)

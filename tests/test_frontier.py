@@ -48,11 +48,21 @@ def test_the_best_setting_is_the_best_mean_of_those_that_all_seeds_brought_there
     """With the standard error over seeds, which one seed does not have."""
     assert mean_se([1.0, 2.0, 3.0, 4.0]) == (2.5, pytest.approx(math.sqrt(5 / 3) / 2))
     assert mean_se([2.0])[0] == 2 and math.isnan(mean_se([2.0])[1])
-    runs = {"good": {0: path((0, 0.5), (2, 0.8)), 1: path((0, 0.5), (2, 0.6))},  # at 1: 0.65 and 0.55
-            "lucky": {0: path((0, 0.5), (2, 1.0)), 1: path((0, 0.5), (2, 0.3))},  # at 1: 0.75 and 0.4
-            "short": {0: path((0, 0.5), (2, 1.0)), 1: path((0, 0.5), (0.9, 1.0))}}  # the second seed is never at 1
-    assert best_at(runs, 1) == (pytest.approx(0.6), pytest.approx(0.05), "good")
-    assert best_at(runs, 0.5)[2] == "short" and best_at(runs, 3) is None
+    runs = {"lr 1": {0: path((0, 0.5), (2, 0.8)), 1: path((0, 0.5), (2, 0.6))},  # at 1: 0.65 and 0.55
+            "lr 2": {0: path((0, 0.5), (2, 1.0)), 1: path((0, 0.5), (2, 0.3))},  # at 1: 0.75 and 0.4
+            "lr 3": {0: path((0, 0.5), (2, 1.0)), 1: path((0, 0.5), (0.9, 1.0))}}  # the second seed is never at 1
+    assert best_at(runs, 1) == (pytest.approx(0.6), pytest.approx(0.05), "lr 1")
+    assert best_at(runs, 0.5)[2] == "lr 3" and best_at(runs, 3) is None
+
+
+def test_between_settings_the_line_through_their_ends_counts():
+    """From the reference through the ends by KL, seed by seed: at 2 nats 0.8 and 0.7, which no run's own path has. Runs at
+    another learning rate are no part of it."""
+    runs = {"beta 1": {0: path((0, 0.5), (3, 0.4), (1, 0.7)), 1: path((0, 0.5), (1, 0.6))},
+            "beta 0.1": {0: path((0, 0.5), (2.5, 0.5), (3, 0.9)), 1: path((0, 0.5), (2.5, 0.5), (3, 0.8))},
+            "beta 0.1, lr 1": {0: path((0, 0.5), (2, 0.1)), 1: path((0, 0.5), (2, 0.1))}}
+    assert best_at(runs, 2) == (pytest.approx(0.75), pytest.approx(0.05), "between settings")
+    assert best_at(runs, 0.5) == (pytest.approx(0.575), pytest.approx(0.025), "between settings")
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------

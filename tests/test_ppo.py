@@ -596,7 +596,7 @@ def test_what_is_warned_of(capsys):
     different, alike = [str(i) for i in range(32)], ["same"] * 32
 
     def rows(kl, error=0.1, eos_rate=0.9):
-        return [{"step": i, "kl": k, "kl_se": error, "eos_rate": eos_rate} for i, k in enumerate(kl)]
+        return [{"step": i, "kl": k, "kl_se": error, "eos_rate": eos_rate, "distinct": 1.0} for i, k in enumerate(kl)]
     assert warned(rows([0.0] * 3), different, 0.9, capsys) == []
     assert warned(rows([0.0] * 3), alike, 0.9, capsys) == ["collapse"]
     assert warned(rows([0.0] * 3), different, 0.0, capsys) == ["endless"]
@@ -607,13 +607,20 @@ def test_what_is_warned_of(capsys):
     assert sorted(warned(rows([-0.3] * 10), alike, 0.0, capsys)) == ["collapse", "endless", "kl"]
 
 
+def test_few_answers_from_the_start_are_no_collapse(capsys):
+    """Where the reference gives 4 different answers among 100 (yes, no, ...), so may the policy."""
+    rows = [{"step": i, "kl": 0.5, "kl_se": 0.1, "eos_rate": 1.0, "distinct": 0.04} for i in range(3)]
+    assert warned(rows, ["yes", "no", "both", "neither"] * 25, 1.0, capsys) == []
+
+
 @pytest.mark.parametrize("temperature, name, message", [
     (0.0, "collapse", "the policy has collapsed: 1 different responses among 64"), (3.0, "kl", "the KL is negative, -")])
 def test_a_warning_is_in_the_log_and_on_stderr(temperature, name, message, small_run, monkeypatch, capsys):
-    """A policy that says one thing, because it is sampled at temperature 0; and one that is scored at another temperature than
-    it is sampled with, whose KL seems to be below 0."""
-    sample = ppo.generate
-    monkeypatch.setattr(ppo, "generate", lambda *args: sample(*args, temperature=temperature))
+    """A policy that says one thing, because from its second update on it is sampled at temperature 0; and one that is scored
+    at another temperature than it is sampled with, whose KL seems to be below 0."""
+    sample, calls = ppo.generate, []
+    monkeypatch.setattr(ppo, "generate", lambda *args: calls.append(0) or sample(
+        *args, temperature=temperature if len(calls) > 2 else 1.0))
     _, folder = small_run("--steps 12 --batch-size 64 --samples 64 --lr 1e-2")
     row, = (row for row in log_of(folder) if row.get("warning") == name)
     assert row["message"].startswith(message)
