@@ -8,9 +8,9 @@ Every step is the whole of it: forward, loss, backward, gradient clipping, optim
 with the functions that the scripts train with. A token is one position of one sequence through the model: a DPO or
 reward-model step has 2 * batch * (prompt + comp) of them, an SFT step batch * (prompt + comp), generation batch * comp new
 ones. A PPO update samples `batch` responses, scores them, and makes four passes over them, with separate networks for
-policy, reference, reward and value; its tokens are the new ones. `peak_share` is the nominal floating-point work (the head counted at every position, although only responses need
-it) over the machine's matrix-product peak, measured here in the same dtype. `other_cpu` is how many cores other processes
-kept busy meanwhile: a line with more than 0.1 says nothing.
+policy, reference, reward and value; its tokens are the new ones. `peak_share` is the nominal floating-point work (the head
+counted at every position, although only responses need it) over the machine's matrix-product peak, measured here in the
+same dtype. `other_cpu` is how many cores other processes kept busy meanwhile: a line with more than 0.1 says nothing.
 """
 from __future__ import annotations
 
@@ -154,7 +154,8 @@ def main(a: argparse.Namespace) -> None:
             tokens, work = a.batch * a.comp, a.batch * T * (flop + head)
         elif name == "ppo":
             networks = [kind(config).to(device()) for kind in (GPT, GPT, ScalarModel, ScalarModel)]
-            optimizers, draw = [adamw(network, 1e-4, 0.0, (0.9, 0.95)) for network in networks[::2]], torch.Generator().manual_seed(0)
+            optimizers = [adamw(network, 1e-4, 0.0, (0.9, 0.95)) for network in networks[::2]]
+            draw = torch.Generator().manual_seed(0)
             prompts = rows[:a.batch, :a.prompt].tolist()
             result = measure(lambda: ppo(*networks, optimizers, prompts, draw), max(5, a.steps // 10), 2)
             # sampled once, scored by four networks, four passes of forward and backward of two

@@ -348,7 +348,8 @@ class Run:
     A folder whose config.json differs stops with the names of the settings that differ, and so does an unfinished run
     that was not asked to resume: nothing is overwritten that somebody may still want.
     """
-    IGNORED = ("resume", "out", "checkpoint_every", "evaluate_every", "dtype", "compile", "micro_batch_size")  # rounding at most
+    # what changes nothing in a result but its rounding
+    IGNORED = ("resume", "out", "checkpoint_every", "evaluate_every", "dtype", "compile", "micro_batch_size")
 
     def __init__(self, config: Any, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer],
                  built_from: dict):

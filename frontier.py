@@ -11,8 +11,8 @@ was stopped goes on from its checkpoint, one that was made with other settings s
 
 Every policy is evaluated along its training on held-out prompts. A method's reward at a given KL: each run's points are
 joined to a path, the path is read where it last crosses that KL, seeds are averaged, and the best setting counts; the line
-through the settings' ends counts as one, too. The standard error is over seeds. Choosing the best of several settings on the prompts it is reported for flatters each method
-by about a standard error; the settings are the same for all seeds, and every method has several.
+through the settings' ends counts as one, too. The standard error is over seeds. Choosing the best of several settings on the
+prompts it is reported for flatters each method by about a standard error; every method has several.
 
 Reads   what the scripts need, all built if it is missing
 Writes  runs/<dataset>/frontier/ : the runs, results.jsonl (one row an evaluation), table.md, frontier.png, frontier.svg
@@ -39,7 +39,8 @@ import evaluate
 import ppo
 import reward_model
 import sft
-from common import (ROOT, atomic_write, defaults, device, fail, finished, fingerprint, parse, read_json, read_jsonl, require_numbers, runs_folder, write_jsonl)
+from common import (ROOT, atomic_write, defaults, device, fail, finished, fingerprint, parse, read_json, read_jsonl,
+                    require_numbers, runs_folder, write_jsonl)
 from data.pairs import ensure_pairs
 from data.tokenizer import Tokenizer
 from model import load_run
@@ -78,8 +79,10 @@ class Config:
 PPO_TARGETS = [dict(target_kl=k, beta=round(0.4 / k**0.7, 3)) for k in (1, 2, 3, 6, 9, 12)]
 PAPER = {
     "Preferred-FT": (sft, [dict()], [dict()]),
-    "Unlikelihood": (dpo, [dict(loss="unlikelihood", alpha=a) for a in (0.05, 0.1, 0.5, 1.0)], [dict(loss="unlikelihood", alpha=0.5)]),
-    "DPO": (dpo, [dict(beta=b) for b in (0.05, 0.1, 0.3, 1.0, 5.0)] + [dict(beta=b, lr=x) for b in (0.1, 1.0) for x in (0.25, 4.0)],
+    "Unlikelihood": (dpo, [dict(loss="unlikelihood", alpha=a) for a in (0.05, 0.1, 0.5, 1.0)],
+                     [dict(loss="unlikelihood", alpha=0.5)]),
+    "DPO": (dpo, [*(dict(beta=b) for b in (0.05, 0.1, 0.3, 1.0, 5.0)),
+                  *(dict(beta=b, lr=x) for b in (0.1, 1.0) for x in (0.25, 4.0))],
             [dict(beta=b) for b in (0.1, 1.0)]),
     "PPO": (ppo, [dict(reward="model", **t) for t in PPO_TARGETS], [dict(reward="model", **t) for t in PPO_TARGETS[2:3]]),
     "PPO-GT": (ppo, [dict(reward="gold", **t) for t in PPO_TARGETS], [dict(reward="gold", **t) for t in PPO_TARGETS[2:3]]),
@@ -121,7 +124,8 @@ class Planned(NamedTuple):
         default, flags = defaults(type(self.config), self.config.dataset, self.config.preset, **on), []
         for field in fields(self.config):
             value = getattr(self.config, field.name)
-            if value != getattr(default, field.name) or field.name in ("on", "out", "dataset", "preset") and value != field.default:
+            named = field.name in ("on", "out", "dataset", "preset")  # the default depends on these, or is made of others
+            if value != (field.default if named else getattr(default, field.name)):
                 flags += ["--" + field.name.replace("_", "-")] + ([] if value is True else [str(value)])
         return [f"{self.script}.py", *flags]
 
@@ -139,10 +143,10 @@ def plan(config: Config, base: Path) -> list[Planned]:
                                     and not (name == "beta" and "target_kl" in settings)) or "default"
                 folder = Path(config.out) / f"{method}-{setting}-seed{seed}".lower().replace(", ", "-").replace(" ", "")
                 pairs = defaults(dpo.Config, config.dataset, config.preset).labels
-                more = (dict(on="chosen", init=config.sft or str(base / "sft"), pairs=str(base / f"pairs-{pairs}" / "pairs.jsonl"))
-                        if module is sft else dict(sft=config.sft))
-                settings = {"evaluate_every": EVERY[config.dataset == "imdb", module.__name__], **settings, **more, "seed": seed,
-                            "dtype": config.dtype, "resume": True, "out": str(folder)}
+                more = dict(sft=config.sft) if module is not sft else dict(
+                    on="chosen", init=config.sft or str(base / "sft"), pairs=str(base / f"pairs-{pairs}" / "pairs.jsonl"))
+                settings = {"evaluate_every": EVERY[config.dataset == "imdb", module.__name__], **settings, **more,
+                            "seed": seed, "dtype": config.dtype, "resume": True, "out": str(folder)}
                 planned.append(Planned(method, setting, seed, module.__name__,
                                        defaults(module.Config, config.dataset, config.preset, **settings)))
     return planned
@@ -189,7 +193,8 @@ def run_all(planned: list[Planned], workers: int, folder: Path, weights: str) ->
                 run, output = running.pop(process)
                 if process.returncode:
                     lines = output.read_text(errors="replace").replace("\r", "\n").strip().splitlines()
-                    fail(f"python {shlex.join(run.command())}: {lines[-1] if lines else process.returncode} (all of it: {output})")
+                    said = lines[-1] if lines else f"exit status {process.returncode}"
+                    fail(f"python {shlex.join(run.command())}: {said} (all of it: {output})")
     finally:  # a run that failed, or Ctrl-C: the others write their checkpoints and stop
         for process in running:
             process.send_signal(signal.SIGINT)
@@ -352,7 +357,8 @@ def draw(rows: list[dict], bank: evaluate.Bank, dataset: str, folder: Path) -> N
         axis.plot(*zip(*best), "o--", color="gray", markersize=4, label="best of n (bound on its KL)")
         for method, settings in runs.items():
             points = [row for row in rows if row["method"] == method]
-            axis.plot([p["kl"] for p in points], [p["reward"] for p in points], ".", color=colors[method], markersize=3, alpha=0.35)
+            axis.plot([p["kl"] for p in points], [p["reward"] for p in points], ".", color=colors[method], markersize=3,
+                      alpha=0.35)
             grid = [limit * i / 100 for i in range(101)]
             line = [(kl, *found[:2]) for kl in grid if (found := best_at(settings, kl))]
             if line:
@@ -388,7 +394,8 @@ def main(config: Config) -> None:
     for run in planned:
         if run.script != "ppo":
             labels = getattr(run.config, "labels", defaults(dpo.Config, config.dataset, config.preset).labels)
-            ensure_pairs(base, config.dataset, config.preset, labels, ref, tokenizer, weights, gold, getattr(run.config, "prompts", 0))
+            ensure_pairs(base, config.dataset, config.preset, labels, ref, tokenizer, weights, gold,
+                         getattr(run.config, "prompts", 0))
         elif run.config.reward == "model":
             ppo.learned_reward(run.config)
     bank = evaluate.ensure_bank(base, config.dataset, config.preset, ref, tokenizer, weights, gold)

@@ -14,7 +14,7 @@ Its optimum is the same as DPO's: pi_ref(y|x) exp(r(x, y) / beta) / Z(x), Eq. 4 
     python ppo.py --reward gold                  # PPO-GT: the task's own reward
     python ppo.py --reward FILE.py:function      # yours: function(prompts, responses), two lists of texts -> list of numbers
     python ppo.py --reward gold --target-kl 1    # beta adapts until the KL is 1 nat
-    python ppo.py --advantages leave-one-out --samples 4 --epochs 1          # REINFORCE, the baseline is the other samples' mean
+    python ppo.py --advantages leave-one-out --samples 4 --epochs 1       # REINFORCE; the baseline: the mean of the others
 
 Differs from Ziegler et al. (2019) and Stiennon et al. (2020): lam = 1 for 0.95, and two passes over a batch for four (`python
 frontier.py --grid ablation` shows what that costs or buys); temperature 1, because the KL must be that of the policy that is
@@ -49,7 +49,7 @@ import evaluate
 import reward_model
 import sft
 from common import (Run, adamw, autocast, batches, check_folder, defaults, device, fail, fingerprint, finished, generator,
-                    parse, read_jsonl, require, require_numbers, runs_folder)
+                    parse, read_jsonl, require, require_numbers, runs_folder, sha256)
 from data.tokenizer import Tokenizer
 from model import GPT, Samples, ScalarModel, generate, load_run, response_logprobs, response_mask
 
@@ -60,7 +60,7 @@ class Config:
     preset: str = "cpu"  # defaults for a machine: cpu, or gpu (imdb)
     reward: str = "model"  # model = the one learned from the pairs, gold = the task's own (PPO-GT), the run folder of a
     # reward model, or FILE.py:function
-    beta: float = 0.1  # weight of the KL, in scores (of standard deviation 1 on the reference) a nat; the first one if it adapts
+    beta: float = 0.1  # weight of the KL, in scores (standard deviation 1 on the reference) a nat; the first, if it adapts
     target_kl: float = 0.0  # nats a response to which beta adapts; 0 = beta stays as it is
     horizon: int = 2000  # episodes in which beta changes by as much as the KL is off, at most a fifth (Ziegler et al. 2019)
     missing_eos_penalty: float = 0.0  # taken off the score of a response that has no <eos>
@@ -92,16 +92,24 @@ class Config:
     PRESETS: ClassVar[dict] = {("imdb", "cpu"): dict(lr=1e-4), ("imdb", "gpu"): dict(lr=5e-5, batch_size=512, steps=200)}
 
     def __post_init__(self) -> None:
-        require_numbers(self, above_0="beta horizon steps batch_size samples epochs minibatches micro_batch_size clip value_clip "
-                        "lr value_lr max_grad_norm", from_0="target_kl prompts missing_eos_penalty seed evaluate_every checkpoint_every")
+        require_numbers(self, above_0="beta horizon steps batch_size samples epochs minibatches micro_batch_size clip "
+                        "value_clip lr value_lr warmup max_grad_norm",
+                        from_0="target_kl prompts missing_eos_penalty seed evaluate_every checkpoint_every")
         for name in ("gamma", "lam"):
             require(0 <= getattr(self, name) <= 1, f"--{name} {getattr(self, name)}: must be in [0, 1]")
-        require(self.batch_size % self.samples == 0, f"--batch-size {self.batch_size}: must be a multiple of --samples {self.samples}")
-        require(self.batch_size >= self.minibatches, f"--minibatches {self.minibatches}: more than --batch-size {self.batch_size}")
+            require(self.advantages == "gae" or getattr(self, name) == getattr(Config, name),
+                    f"--{name}: needs --advantages gae")
+        require(self.batch_size % self.samples == 0,
+                f"--batch-size {self.batch_size}: must be a multiple of --samples {self.samples}")
+        require(self.batch_size >= self.minibatches,
+                f"--minibatches {self.minibatches}: more than --batch-size {self.batch_size}")
+        require(not self.target_kl or 5 * self.horizon > self.batch_size,
+                f"--horizon {self.horizon}: must be more than a fifth of --batch-size {self.batch_size}")
         require(self.reward == "model" or not self.prompts, "--prompts: needs --reward model")
         require(self.advantages == "gae" or self.samples > 1, "--advantages leave-one-out: needs --samples 2 or more")
         base = Path(self.sft).parent if self.sft else runs_folder(self.dataset, self.preset)
-        kind = {"model": f"-{self.prompts}" if self.prompts else "", "gold": "-gt"}.get(self.reward, "-" + self.reward.rpartition(":")[2].replace("/", "-"))
+        other = "-" + self.reward.rpartition(":")[2].replace("/", "-")
+        kind = {"model": f"-{self.prompts}" if self.prompts else "", "gold": "-gt"}.get(self.reward, other)
         leash = f"kl{self.target_kl:g}" if self.target_kl else f"beta{self.beta:g}"
         name = "ppo" if self.advantages == "gae" else "rloo"
         self.out = self.out or str(base / f"{name}{kind}-{leash}-seed{self.seed}")
@@ -202,14 +210,14 @@ def user_reward(name: str) -> evaluate.GoldReward:
     def reward(prompts: list[str], responses: list[str]) -> torch.Tensor:
         try:
             values = function(prompts, responses)
-            values = values.tolist() if hasattr(values, "tolist") else list(values)
+            values = list(values.tolist() if hasattr(values, "tolist") else values)
         except Exception as error:
             at = traceback.extract_tb(error.__traceback__)[-1]
-            fail(f"--reward {name}: {type(error).__name__}: {error} ({at.filename}, line {at.lineno})")
+            fail(f"--reward {name}: {type(error).__name__}: {' '.join(str(error).split())} ({at.filename}, line {at.lineno})")
         if len(values) != len(responses):
             fail(f"--reward {name}: returned {len(values)} numbers for {len(responses)} responses")
         for i, value in enumerate(values):
-            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not torch.tensor(float(value)).isfinite():
                 fail(f"--reward {name}: returned {value!r} for response {i} ({responses[i][:40]!r}), expected a finite number")
         return torch.tensor(values, dtype=torch.float32)
 
@@ -223,7 +231,8 @@ def learned_reward(config: Config) -> Path:
     return Path(settings.out) if finished(settings) else reward_model.train(settings)
 
 
-def find_reward(config: Config, gold: evaluate.GoldReward, task: dict) -> tuple[Scorer, ScalarModel | None, str]:
+def find_reward(config: Config, gold: evaluate.GoldReward, task: dict,
+                block_size: int) -> tuple[Scorer, ScalarModel | None, str]:
     """The scorer that --reward names, the reward model if it is one, and what tells this reward from another one."""
     if config.reward in ("model", "gold") or Path(config.reward).is_dir():
         if config.reward == "gold":
@@ -231,12 +240,14 @@ def find_reward(config: Config, gold: evaluate.GoldReward, task: dict) -> tuple[
         folder = learned_reward(config) if config.reward == "model" else Path(config.reward)
         model, meta = load_run(folder, ScalarModel)
         evaluate.check_same_task(folder, meta, task)
+        if model.config.block_size < block_size:
+            fail(f"--reward {folder}: its block size is {model.config.block_size}, that of the policy {block_size}")
 
         def score(samples: Samples, prompts: list[str], responses: list[str]) -> torch.Tensor:
             return reward_model.all_scores(model, samples.tokens, samples.lengths, config.dtype)
         return score, model, fingerprint(model.state_dict())
     user = user_reward(config.reward)
-    return lambda samples, prompts, responses: user(prompts, responses), None, config.reward
+    return lambda samples, prompts, responses: user(prompts, responses), None, sha256(config.reward.rpartition(":")[0])
 
 
 def train(config: Config) -> Path:
@@ -244,7 +255,8 @@ def train(config: Config) -> Path:
     # ---- 1) the reference policy, the reward, the prompts ------------------------------------------------------------
     check_folder(config)
     if config.reward not in ("model", "gold") and not Path(config.reward).is_dir():
-        user_reward(config.reward)  # before an hour of training
+        tried = [row["prompt"] for row in read_jsonl(data.ensure(config.dataset) / "prompts_train.jsonl", {"prompt": str})][:2]
+        user_reward(config.reward)(tried, [" a response"] * len(tried))  # before an hour of training
     sft_folder = sft.ensure(config.sft, config.dataset, config.preset, config.dtype)
     base = sft_folder.parent
     ref, meta = load_run(sft_folder)
@@ -254,11 +266,13 @@ def train(config: Config) -> Path:
     evaluate.check_same_task(sft_folder, meta, task)
     weights = fingerprint(ref.state_dict())
     gold = reward_model.ensure_gold(sft_folder, config.dataset, config.preset, config.dtype)
-    scorer, learned, reward_id = find_reward(config, gold, task)
+    scorer, learned, reward_id = find_reward(config, gold, task, ref.config.block_size)
     bank = evaluate.ensure_bank(base, config.dataset, config.preset, ref, tokenizer, weights, gold)
     texts = [row["prompt"] for row in read_jsonl(data.ensure(config.dataset) / "prompts_train.jsonl", {"prompt": str})]
     prompts = [[tokenizer.bos] + ids for ids in tokenizer.encode_batch(texts)]
     block_size = ref.config.block_size
+    if min(config.batch_size, len(prompts) * config.samples) < config.minibatches:
+        fail(f"--minibatches {config.minibatches}: more than the responses to {len(prompts)} prompts")
 
     def roll_out(model: GPT, rows: list[int], draw: torch.Generator) -> tuple[Samples, list[str], torch.Tensor]:
         """A response to the prompt of every row, its text, and its score as the reward gives it."""
@@ -281,8 +295,8 @@ def train(config: Config) -> Path:
     optimizers = [adamw(network, lr, 0.0, (0.9, 0.95)) for network, lr in zip(networks.values(), (config.lr, config.value_lr))]
     run = Run(config, networks, optimizers, built_from={"sft": weights, "reward": reward_id})
     if run.step == 0:
-        rows = torch.randperm(len(prompts), generator=generator(config.seed, 1))[:512].tolist()
-        scores = roll_out(ref, rows, generator(config.seed, 2))[2].double()
+        rows = torch.randperm(len(prompts), generator=generator(config.seed, 1)).repeat(512 // len(prompts) + 1)[:512]
+        scores = roll_out(ref, rows.tolist(), generator(config.seed, 2))[2].double()
         networks.score_mean.fill_(scores.mean())
         networks.score_std.fill_(scores.std(correction=0) if scores.std(correction=0) > 1e-6 else 1.0)
     order = batches(torch.tensor([len(p) for p in prompts]), config.batch_size // config.samples, config.seed, pool=1)
@@ -292,7 +306,8 @@ def train(config: Config) -> Path:
     values_of = torch.compile(response_values) if config.compile else response_values
 
     method = "PPO" if value else "REINFORCE" if config.epochs * config.minibatches == 1 else "PPO, leave-one-out"
-    name = f"{method} on {config.reward}, " + (f"target {config.target_kl:g} nats" if config.target_kl else f"beta {config.beta:g}")
+    leash = f"target {config.target_kl:g} nats" if config.target_kl else f"beta {config.beta:g}"
+    name = f"{method} on {config.reward}, {leash}"
     bar = tqdm(range(run.step, config.steps), name, config.steps, initial=run.step)
     for step in bar:
         if config.evaluate_every and step % config.evaluate_every == 0:
@@ -353,9 +368,9 @@ def train(config: Config) -> Path:
                               else torch.zeros_like(losses))
                     ((losses.sum() + errors.sum()) / count).backward()
                     with torch.no_grad():
-                        change = (logprobs - old_logprobs[c, :R])[m]
+                        change, ratio = (logprobs - old_logprobs[c, :R])[m], ratio[m]
                         sums += torch.stack([losses.sum(), errors.sum(), 0.5 * change.square().sum(),
-                                             ((ratio[m] - 1).abs() > config.clip).sum(), ratio[m].sum(), ratio[m].square().sum()])
+                                             ((ratio - 1).abs() > config.clip).sum(), ratio.sum(), ratio.square().sum()])
                 norms = [torch.nn.utils.clip_grad_norm_(network.parameters(), config.max_grad_norm).item()
                          for network in networks.values()]
                 stats.append(sums / count)
@@ -369,13 +384,14 @@ def train(config: Config) -> Path:
         per_response = {"scores": scores, "raw_scores": raw, "kl": (old_logprobs - ref_logprobs).sum(1),
                         "entropy": -old_logprobs.sum(1), "length": mask.sum(1).float(), "eos_rate": ended.float()}
         row = {"step": step, "beta": beta, **{key: x.mean().item() for key, x in per_response.items()}}
-        row |= {"kl_se": (per_response["kl"].std() / math.sqrt(len(rows))).item(),
+        row |= {"kl_se": (per_response["kl"].std(correction=min(1, len(rows) - 1)) / math.sqrt(len(rows))).item(),
                 "objective": row["scores"] - beta * row["kl"], "distinct": len(set(responses)) / len(responses)}
         names = ("loss", "value_loss", "approx_kl", "clip_fraction", "ratio", "ratio_square")
         row |= dict(zip(names, torch.stack(stats).mean(0).tolist()))  # means over tokens, then over all minibatches
         row["ratio_std"] = math.sqrt(max(0, row.pop("ratio_square") - row["ratio"] ** 2))
         if value:
-            row["explained_variance"] = 1 - ((returns - values)[mask].var() / returns[mask].var().clamp(min=1e-8)).item()
+            error, total = ((x[mask].var(correction=0)) for x in (returns - values, returns))
+            row["explained_variance"] = 1 - (error / total.clamp(min=1e-8)).item()
         else:
             del row["value_loss"]
         run.log(**row, grad_norm=norms[0], lr=optimizers[0].param_groups[0]["lr"])
@@ -405,12 +421,12 @@ def warn(run: Run, step: int, responses: list[str], eos_rate: float) -> None:
     recent = [row for row in run.rows if "kl" in row][-10:]
     kl, error = (sum(row["kl"] for row in recent) / len(recent),
                  math.sqrt(sum(row["kl_se"] ** 2 for row in recent)) / len(recent))
-    first = next(row["eos_rate"] for row in run.rows if "eos_rate" in row)
+    first = next(row for row in run.rows if "eos_rate" in row)
     found = {"collapse": f"the policy has collapsed: {len(set(responses))} different responses among {len(responses)}"
-             if len(set(responses)) <= 0.1 * len(responses) else "",
-             "endless": "the policy has collapsed: no response ends" if eos_rate == 0 and first > 0.5 else "",
-             "kl": f"the KL is negative, {kl:.3g} +- {error:.2g} over {len(recent)} updates: the responses do not come from the "
-             "distribution that is scored" if kl < -3 * error and kl < -1e-3 else ""}
+             if len(set(responses)) <= 0.1 * first["distinct"] * len(responses) else "",
+             "endless": "the policy has collapsed: no response ends" if eos_rate == 0 and first["eos_rate"] > 0.5 else "",
+             "kl": f"the KL is negative, {kl:.3g} +- {error:.2g} over {len(recent)} updates: the responses do not come from "
+             "the distribution that is scored" if kl < -3 * error and kl < -1e-3 else ""}
     for name, message in found.items():
         if message and not any(row.get("warning") == name for row in run.rows):
             run.log(step=step, warning=name, message=message)

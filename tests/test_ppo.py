@@ -344,12 +344,12 @@ def worlds(work, *networks) -> list[tuple[torch.Tensor, ...]]:
     return found
 
 
-@pytest.mark.parametrize("how", ["--batch-size 240 --samples 2 --epochs 4",
-                                 "--batch-size 480 --samples 4 --epochs 2 --advantages leave-one-out"])
+@pytest.mark.parametrize("how", ["--batch-size 240 --samples 2 --epochs 4 --lr 1e-2 --warmup 30",
+                                 "--batch-size 480 --samples 4 --epochs 2 --lr 2e-2 --warmup 10 --advantages leave-one-out"])
 def test_the_script_reaches_the_optimum(how, small_run, toy):
-    """99% of what can be gained of E[r] - beta KL over the reference, every expectation a sum over all responses."""
-    log, folder = small_run(f"{how} --sft short/sft --steps 100 --beta 0.5 --lr 1e-2 --value-lr 1e-2 --warmup 10 "
-                            "--micro-batch-size 480")
+    """99% of what can be gained of E[r] - beta KL over the reference, every expectation a sum over all responses. Other seeds
+    get 99.7 to 99.96%."""
+    log, folder = small_run(f"{how} --sft short/sft --steps 100 --beta 0.5 --value-lr 1e-2 --micro-batch-size 480")
     high, low = (choose(log, key=lambda row: row["raw_scores"]) for choose in (max, min))
     std = (high["raw_scores"] - low["raw_scores"]) / (high["scores"] - low["scores"])  # scores = (raw - mean) / std
     beta, world = 0.5 * std, worlds(toy[1], load_run(toy[1] / "short/sft")[0], load_run(folder)[0])
@@ -373,13 +373,14 @@ def test_the_second_update_is_the_definition(advantages, small_run, seen, gradie
     """Its gradients from one unpadded row at a time: scores shifted and scaled by the reference's, less the penalty of a
     response without <eos>; the KL; GAE by loops, whitened after the returns are taken, or the other samples' mean; all that
     as a mean over tokens. Whether 24 responses run at once or 5 at a time."""
-    beta, gamma, lam = 0.3, 0.97, 0.9
+    beta, gamma, lam = 0.3, 0.97, 0.9  # the last two are GAE's alone
+    gae = f"--gamma {gamma} --lam {lam}" if advantages == "gae" else ""
     eos = Tokenizer.load(toy[1] / "runs/sft/tokenizer.tiktoken").eos
     (ref, _), (judge, _) = load_run(toy[1] / "runs/sft"), load_run(toy[1] / "runs/reward-model", ScalarModel)
     for at_once in (64, 5):
         seen.clear(), gradients.clear()
         small_run(f"--reward runs/reward-model --steps 2 --epochs 1 --lr 1e-2 --samples 3 --missing-eos-penalty 0.7 "
-                  f"--beta {beta} --gamma {gamma} --lam {lam} --advantages {advantages} --micro-batch-size {at_once}")
+                  f"--beta {beta} {gae} --advantages {advantages} --micro-batch-size {at_once}")
         (_, of_reference), _, ((policy, *_), samples) = seen["generate"]
         read = lambda prompt, response: judge(torch.tensor([prompt + response]))[0, -1].item()  # noqa: E731
         base = [read(*row) for row in rows_of(of_reference)]
