@@ -264,15 +264,18 @@ def table(rows: list[dict], bank: evaluate.Bank) -> list[dict]:
     """A row a method: reward and share of the optimum at each of KLS, the largest reward, length and cost."""
     curve, ref_reward = evaluate.frontier(bank.rewards), bank.rewards.mean().item()
     lines = []
+
+    def at(kl: float, reward: float, error: float, setting: str) -> dict[str, Any]:
+        best, known = evaluate.optimal_reward(curve, kl)
+        gain = max(best - ref_reward, 1e-9)
+        return {"reward": reward, "se": error, "setting": setting, "share": (reward - ref_reward) / gain,
+                "share_se": error / gain, "known": known}
+
     for method, runs in by_run(rows).items():
         line: dict[str, Any] = {"method": method}
         for kl in KLS:
             if best := best_at(runs, kl):
-                reward, error, setting = best
-                best_reward, known = evaluate.optimal_reward(curve, kl)
-                line[f"at {kl:g}"] = {"reward": reward, "se": error, "setting": setting, "known": known,
-                                      "share": (reward - ref_reward) / (best_reward - ref_reward),
-                                      "share_se": error / (best_reward - ref_reward)}
+                line[f"at {kl:g}"] = at(kl, *best)
         ends = {setting: [path[-1] for path in paths.values()] for setting, paths in runs.items()}
         setting = max(ends, key=lambda s: mean_se([row["reward"] for row in ends[s]])[0])
         for name in ("reward", "kl", "length", "seconds", "samples", "reward_calls"):
@@ -285,11 +288,7 @@ def table(rows: list[dict], bank: evaluate.Bank) -> list[dict]:
         n = max((n for n in range(1, N // 4 + 1) if evaluate.best_of_n_kl(n) <= kl), default=1)
         if n < N // 4:
             per_prompt = (evaluate.best_of_n_weights(bank.rewards, n) * bank.rewards).sum(1)
-            reward, error = evaluate.mean_and_error(per_prompt)
-            best_reward, known = evaluate.optimal_reward(curve, kl)
-            line[f"at {kl:g}"] = {"reward": reward, "se": error, "setting": f"n = {n}", "known": known,
-                                  "share": (reward - ref_reward) / (best_reward - ref_reward),
-                                  "share_se": error / (best_reward - ref_reward)}
+            line[f"at {kl:g}"] = at(kl, *evaluate.mean_and_error(per_prompt), f"n = {n}")
     return lines + [line]
 
 

@@ -3,6 +3,11 @@ import json
 import re
 from pathlib import Path
 
+import torch
+
+import evaluate
+import frontier
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -39,6 +44,18 @@ def test_lengths_in_the_file_table():
 def test_every_root_file_is_in_the_table():
     for path in ROOT.glob("*.py"):
         assert f"[`{path.name}`]" in README, path.name
+
+
+def test_the_frontiers_table_is_the_committed_one():
+    """Line by line as `python frontier.py` wrote it, and from the rows that are committed beside it."""
+    folder = ROOT / "results" / "reviews" / "frontier"
+    table = (folder / "table.md").read_text(encoding="utf-8").split("\n\n")[0]
+    assert table in README
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    bank = evaluate.Bank([], torch.rand(1, 64), torch.zeros(1, 64), [])  # only the optimum and best of n are read off it
+    ours = [line for line in frontier.markdown(frontier.table(rows, bank), bank).splitlines() if line.startswith("| ")]
+    for line, written in zip(ours[1:-2], table.splitlines()[2:-2], strict=True):
+        assert [cell.split(" (")[0] for cell in line.split(" | ")] == [cell.split(" (")[0] for cell in written.split(" | ")]
 
 
 def test_numbers_come_from_committed_jsonl():
