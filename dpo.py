@@ -6,7 +6,7 @@
 It is the Bradley-Terry likelihood of the pairs under the implicit reward r(x, y) = beta log pi_theta(y|x)/pi_ref(y|x). If
 the pairs do come from a Bradley-Terry model with reward r*, its optimum is pi_ref(y|x) exp(r*(x, y) / beta) / Z(x), Eq. 4.
 
-    python dpo.py --beta 0.1                     # `reviews`, from nothing: under 2 minutes on 2 cores, 45 s the next time
+    python dpo.py --beta 0.1                     # `reviews`, from nothing: under 2 minutes on 2 cores, half of one the next time
     python dpo.py --dataset imdb --beta 0.1      # the paper's sentiment task, about two hours on 2 cores
     python dpo.py --loss unlikelihood --alpha 0.5        # the paper's baseline: -log pi(y_w|x) + alpha log pi(y_l|x)
     python dpo.py --pairs FILE.jsonl             # your own pairs: {"prompt", "chosen", "rejected"}
