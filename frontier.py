@@ -7,7 +7,8 @@ exact optimum above them.
 
 Every run is a plain command (`python dpo.py ...`), printed as it starts, in a process of its own: on a CPU one for each
 core with one thread each, which is faster than one run on all of them. A run that is finished is not run again, one that
-was stopped goes on from its checkpoint, one that was made with other settings stops the sweep and is named.
+was stopped goes on from its checkpoint, one that was made with other settings stops the sweep and is named. Ctrl-C leaves
+table and figure of what is finished.
 
 Every policy is evaluated along its training on held-out prompts. A method's reward at a given KL: each run's points are
 joined to a path, the path is read where it last crosses that KL, seeds are averaged, and the best setting counts; the line
@@ -28,7 +29,8 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -131,24 +133,29 @@ class Planned(NamedTuple):
 
 
 def plan(config: Config, base: Path) -> list[Planned]:
-    """Every run of the sweep; all settings with the first seed come first."""
+    """Every run of the sweep, in an order that can be stopped anywhere: the first seed first, of it what --quick runs, and
+    then a setting of each method in turn."""
+    methods = GRIDS[config.grid].items()
+    order = [(method, module, settings) for method, (module, _, quick) in methods for settings in quick]
+    if not config.quick:
+        left = [[(method, module, settings) for settings in whole if settings not in quick]
+                for method, (module, whole, quick) in methods]
+        order += [one for turn in zip_longest(*left) for one in turn if one]
     planned = []
     for seed in range(1 if config.quick else config.seeds):
-        for method, (module, whole, quick) in GRIDS[config.grid].items():
-            for settings in quick if config.quick else whole:
-                settings = dict(settings)
-                if "lr" in settings:
-                    settings["lr"] *= defaults(module.Config, config.dataset, config.preset).lr
-                setting = ", ".join(f"{name.replace('_', ' ')} {settings[name]:g}" for name in NAMED if name in settings
-                                    and not (name == "beta" and "target_kl" in settings)) or "default"
-                folder = Path(config.out) / f"{method}-{setting}-seed{seed}".lower().replace(", ", "-").replace(" ", "")
-                pairs = defaults(dpo.Config, config.dataset, config.preset).labels
-                more = dict(sft=config.sft) if module is not sft else dict(
-                    on="chosen", init=config.sft or str(base / "sft"), pairs=str(base / f"pairs-{pairs}" / "pairs.jsonl"))
-                settings = {"evaluate_every": EVERY[config.dataset == "imdb", module.__name__], **settings, **more,
-                            "seed": seed, "dtype": config.dtype, "resume": True, "out": str(folder)}
-                planned.append(Planned(method, setting, seed, module.__name__,
-                                       defaults(module.Config, config.dataset, config.preset, **settings)))
+        for method, module, settings in order:
+            if "lr" in settings:
+                settings = settings | {"lr": settings["lr"] * defaults(module.Config, config.dataset, config.preset).lr}
+            setting = ", ".join(f"{name.replace('_', ' ')} {settings[name]:g}" for name in NAMED if name in settings
+                                and not (name == "beta" and "target_kl" in settings)) or "default"
+            folder = Path(config.out) / f"{method}-{setting}-seed{seed}".lower().replace(", ", "-").replace(" ", "")
+            pairs = defaults(dpo.Config, config.dataset, config.preset).labels
+            more = dict(sft=config.sft) if module is not sft else dict(
+                on="chosen", init=config.sft or str(base / "sft"), pairs=str(base / f"pairs-{pairs}" / "pairs.jsonl"))
+            settings = {"evaluate_every": EVERY[config.dataset == "imdb", module.__name__], **settings, **more,
+                        "seed": seed, "dtype": config.dtype, "resume": True, "out": str(folder)}
+            planned.append(Planned(method, setting, seed, module.__name__,
+                                   defaults(module.Config, config.dataset, config.preset, **settings)))
     return planned
 
 
@@ -401,10 +408,19 @@ def main(config: Config) -> None:
 
     # ---- 2) the runs -------------------------------------------------------------------------------------------------
     folder = Path(config.out)
-    run_all(planned, config.workers or (1 if device().type == "cuda" else os.cpu_count() or 1), folder, weights)
+    stopped = False
+    try:
+        run_all(planned, config.workers or (1 if device().type == "cuda" else os.cpu_count() or 1), folder, weights)
+    except KeyboardInterrupt:  # hours of work may be there
+        there = [run for run in planned if finished(run.config)]
+        if not there:
+            raise
+        print(f"\nstopped: table and figure are of the {len(there)} of {len(planned)} runs that are finished")
+        planned, stopped = there, True
 
     # ---- 3) rows, table, figure --------------------------------------------------------------------------------------
-    rows = collect(planned)
+    methods = list(GRIDS[config.grid])
+    rows = collect(sorted(planned, key=lambda run: methods.index(run.method)))
     write_jsonl(folder / "results.jsonl", rows)
     lines = table(rows, bank)
     text = markdown(lines, bank)
@@ -412,6 +428,8 @@ def main(config: Config) -> None:
     print(f"\n{text}\n{compare(lines)}")
     draw(rows, bank, config.dataset, folder)
     print(f"rows, table and figure  ->  {folder}")
+    if stopped:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -181,6 +181,18 @@ def test_the_grid_holds_the_papers():
     assert not {run.config.out for run in few} & {run.config.out for run in runs}
 
 
+@pytest.mark.parametrize("grid", frontier.GRIDS)
+def test_a_sweep_can_be_stopped_anywhere(grid):
+    """The first seed first, of it the runs of --quick; then every method is served before one gets its next setting."""
+    runs, few = planned(grid=grid), planned(grid=grid, quick=True)
+    assert [run.seed for run in runs] == sorted(run.seed for run in runs)
+    assert [run[:3] for run in runs[:len(few)]] == [run[:3] for run in few]
+    rest = [run.method for run in runs[len(few):] if run.seed == 0]
+    for stop in range(len(rest)):
+        started = {method: rest[:stop].count(method) for method in rest if rest[:stop].count(method) < rest.count(method)}
+        assert max(started.values()) - min(started.values()) <= 1
+
+
 def test_every_method_starts_from_the_policy_that_is_named():
     """--sft mine/policy: Preferred-FT, too, and the pairs are those beside it."""
     for run in planned(sft="mine/policy"):
@@ -390,12 +402,14 @@ def test_a_sweep_that_is_killed_and_interrupted_ends_where_one_that_was_left_alo
         wait_for(moment, process)
         assert len(processes_of(root)) >= 2
         process.send_signal(stop)
-        _, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=60)
         end = time.monotonic() + 5  # the kernel takes a moment
         while (left := processes_of(root)) and time.monotonic() < end:
             time.sleep(0.01)
-        assert not left and done() == runs and not (folder / "results.jsonl").exists()  # and none has run on to its end
-    assert process.returncode in (130, -signal.SIGINT) and messages(errors) == ["stopped"], errors
+        assert not left and done() == runs == len(list(folder.glob("results.jsonl")))  # and none has run on to its end
+    assert process.returncode == 130 and not errors, errors  # what is finished has its table
+    assert "stopped: table and figure are of the 1 of 2 runs that are finished" in output
+    assert results(fresh) == [row for row in results(alone) if row["method"] == "Preferred-FT"]
 
     process = start()
     output, errors = process.communicate(timeout=120)
