@@ -1,6 +1,7 @@
-"""How fast is a step? One JSON line each for the SFT, reward-model and DPO step, for generation and for a PPO update.
+"""How fast is a step? One JSON line each for the SFT, reward-model and DPO step, for generation, for a PPO update, and for
+Bradley-Terry fits.
 
-    python bench.py                                                       # all five, the size of the table in results/bench
+    python bench.py                                                       # all six, the size of the table in results/bench
     python bench.py --only ppo --batch 64
     python bench.py --only dpo --layers 6 --heads 6 --embd 384 --dtype bfloat16
 
@@ -21,8 +22,10 @@ import statistics
 import time
 from typing import Callable
 
+import numpy as np
 import torch
 
+import bt
 from common import adamw, autocast, device
 from dpo import dpo_loss
 from model import GPT, GPTConfig, ScalarModel, generate, response_logprobs, response_mask
@@ -33,7 +36,7 @@ from sft import optimizers_for
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["sft", "reward_model", "dpo", "generate", "ppo"], help="one of the five")
+    parser.add_argument("--only", choices=["sft", "reward_model", "dpo", "generate", "ppo", "bt"], help="one of the six")
     for name, value, text in (("layers", 4, "blocks"), ("heads", 4, "attention heads"), ("embd", 128, "channels"),
                               ("vocab", 4096, "size of the vocabulary"), ("batch", 16, "pairs, or rows"),
                               ("prompt", 16, "tokens of a prompt"), ("comp", 48, "tokens of a response"),
@@ -84,6 +87,22 @@ def matmul_peak(dtype: str) -> float:
         a, b = torch.randn(n, n, device=device()).to(kind), torch.randn(n, n, device=device()).to(kind)
         best = max(best, 2 * n**3 / measure(lambda: a @ b, 5, 2)["ms_p10"] * 1e3)
     return best
+
+
+def bradley_terry() -> None:
+    """From two lists, winners and losers, to strengths and their covariance; and 1,000 bootstrap resamples of the first."""
+    for items, comparisons in ((100, 100_000), (1000, 1_000_000)):
+        rng = np.random.default_rng(0)
+        r, left = rng.normal(size=items), rng.integers(0, items, comparisons)
+        right = (left + rng.integers(1, items, comparisons)) % items
+        won = rng.random(comparisons) < 1 / (1 + np.exp(r[right] - r[left]))
+        winners, losers = np.where(won, left, right).tolist(), np.where(won, right, left).tolist()
+        result = measure(lambda: bt.fit(bt.count(winners, losers, items)), 10, 1)
+        if items == 100:
+            wins = bt.count(winners, losers, items)
+            result["bootstrap_s"] = measure(lambda: bt.bootstrap(wins, resamples=1000), 1, 0)["ms_median"] / 1e3
+        print(json.dumps({"bench": "bt", **{k: round(v, 2) for k, v in result.items()}, "items": items,
+                          "comparisons": comparisons, "threads": torch.get_num_threads()}), flush=True)
 
 
 def main(a: argparse.Namespace) -> None:
@@ -145,7 +164,10 @@ def main(a: argparse.Namespace) -> None:
 
     benches = {"sft": (GPT, sft_loss, 1, head), "reward_model": (ScalarModel, pairwise, 2, 0), "dpo": (GPT, dpo, 2, head)}
     units = {"dpo": "pairs_per_s", "reward_model": "pairs_per_s", "ppo": "episodes_per_s"}
-    for name in [a.only] if a.only else ["sft", "reward_model", "dpo", "generate", "ppo"]:
+    for name in [a.only] if a.only else ["sft", "reward_model", "dpo", "generate", "ppo", "bt"]:
+        if name == "bt":
+            bradley_terry()
+            continue
         if name == "generate":
             model, draw = GPT(config).to(device()).eval(), torch.Generator().manual_seed(0)
             prompts = rows[:a.batch, :a.prompt].tolist()

@@ -58,8 +58,8 @@ class Config:
     items: int = 8  # of the simulation
     comparisons: int = 1000  # of the simulation
     horizon: int = 30_000  # comparisons of each dueling bandit
-    seed: int = 0
-    out: str = "runs/bt"
+    seed: int = 0  # of what is drawn: the simulation, --errors bootstrap, the draws for the ranks
+    out: str = "runs/bt"  # folder of tables and figure
 
     PRESETS: ClassVar[dict] = {}
 
@@ -68,6 +68,7 @@ class Config:
         require(self.items > 1, f"--items {self.items}: must be > 1")
         require(self.horizon >= 100, f"--horizon {self.horizon}: must be >= 100")
         require(bool(self.data) or not (self.home or self.reference or self.prior), "--home, --reference, --prior: need --data")
+        require(bool(self.data) or self.ties == "half" and self.errors == "fisher", "--ties, --errors: need --data")
         require(self.errors == "bootstrap" or self.resamples == Config.resamples, "--resamples: needs --errors bootstrap")
 
 
@@ -163,10 +164,11 @@ def fit(wins: Matrix, losses: Matrix | float = 0, ties: Matrix | float = 0, *, h
         return loss, gradient[fitted], H + np.diag(precision[fitted])
 
     per_item = (n.sum(0) + n.sum(1)).max()
-    x, loss, H = newton(objective, np.zeros(fitted.sum()) if start is None else start, K, 1e-10 * max(1, per_item))
+    start = np.zeros(fitted.sum()) if start is None else start
+    if home and np.linalg.cond(without_gauge(objective(start)[2], K)) > 1e14:
+        raise NoMaximum("the comparisons cannot tell the strengths from the left side's advantage")
+    x, loss, H = newton(objective, start, K, 1e-10 * max(1, per_item))
     full = unpack(x)
-    if np.ptp(full[:K]) > 20 or abs(full[K]) > 20 or davidson and abs(full[-1]) > 20:
-        raise NoMaximum("the likelihood grows without end (does one side always win?)" + HINT)
     covariance = inverse(H, K)
     if sandwich:
         d = full[:K, None] - full[:K] + full[K]
@@ -175,6 +177,7 @@ def fit(wins: Matrix, losses: Matrix | float = 0, ties: Matrix | float = 0, *, h
         squares = [c * np.stack([(s - half) ** 2, (s - half) * (t - tie), (t - tie) ** 2])
                    for c, s, t in ((wins, 0.5, 0), (ties, 0, 1), (losses, -0.5, 0))]
         covariance = covariance @ assemble(*sum(squares)) @ covariance
+    loss -= (precision[:K] * full[:K] ** 2).sum() / 2
     return Fit(full[:K] - full[:K].mean(), covariance, loss, full[K], full[-1])
 
 
@@ -188,10 +191,11 @@ def newton(objective: Callable, x: Matrix, K: int, tolerance: float) -> tuple[Ma
     """
     value, gradient, H = objective(x)
     for _ in range(200):
+        step = np.linalg.solve(without_gauge(H, K), gradient)
         if np.abs(gradient).max() <= tolerance:
+            if np.abs(step).max() > 1e-2:  # flat, and yet a long way to go: there is no end to it
+                break
             return x, value, H
-        shift = np.arange(len(x)) < K
-        step = np.linalg.solve(H + np.outer(shift, shift) * H.trace() / K**2, gradient)
         size = 1.0  # halved until the value falls; near the minimum its last digits cannot tell
         while not (new := objective(x - size * step))[0] <= value + 1e-12 * abs(value) and size > 1e-6:
             size /= 2
@@ -199,10 +203,15 @@ def newton(objective: Callable, x: Matrix, K: int, tolerance: float) -> tuple[Ma
     raise NoMaximum("the fit did not converge: the likelihood has no maximum, or hardly one" + HINT)
 
 
-def inverse(H: Matrix, K: int) -> Matrix:
-    """The inverse of a Hessian that does not see a shift of the first K arguments, for arguments with mean 0."""
+def without_gauge(H: Matrix, K: int) -> Matrix:
+    """A Hessian that does not see a shift of the first K arguments, made to see it, so that it can be inverted."""
     shift = np.arange(len(H)) < K
-    C = np.linalg.inv(H + np.outer(shift, shift) * H.trace() / K**2)
+    return H + np.outer(shift, shift) * H.trace() / K**2
+
+
+def inverse(H: Matrix, K: int) -> Matrix:
+    """The inverse of such a Hessian for arguments with mean 0."""
+    C = np.linalg.inv(without_gauge(H, K))
     C[:K] -= C[:K].mean(0)
     C[:, :K] -= C[:, :K].mean(1, keepdims=True)
     return C
@@ -304,7 +313,7 @@ def fit_rankings(rankings: Sequence[Sequence[int]], K: int, weights: Sequence[fl
             weight.append(w)
     if not prior:
         check_connected(beats, names or [str(i) for i in range(K)])
-    chosen, left, weight = np.array(chosen), np.array(left), np.array(weight)
+    chosen, left, weight = np.array(chosen, int), np.array(left).reshape(-1, K), np.array(weight)
     placed = np.bincount(chosen, weight, K)
     precision = 1 / prior**2 if prior else 0.0
 
@@ -319,7 +328,7 @@ def fit_rankings(rankings: Sequence[Sequence[int]], K: int, weights: Sequence[fl
         return loss, expected - placed + precision * r, np.diag(expected + precision) - p.T @ (weight[:, None] * p)
 
     r, loss, H = newton(objective, np.zeros(K), K, 1e-10 * max(1, weight.sum()))
-    return Fit(r - r.mean(), inverse(H, K), loss)
+    return Fit(r - r.mean(), inverse(H, K), loss - precision * (r**2).sum() / 2)
 
 
 # ---- winners of any preference matrix P, (K, K): P[i, j] is how likely i is to be preferred to j ----------------------------

@@ -42,7 +42,7 @@ def read_comparisons(path: str) -> Comparisons | Rankings:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        fail(f"{path}, line {raw[:error.start].count(10) + 1}: not UTF-8")
+        fail(f"{path}, line {error.object[:error.start].count(10) + 1}: not UTF-8")
     reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
     rows = []
     try:
@@ -56,7 +56,7 @@ def read_comparisons(path: str) -> Comparisons | Rankings:
     (where, columns), *rows = rows
     kind = next((kind for kind in KINDS if set(kind) <= set(columns)), None)
     if kind is None:
-        fail(f"{where}: expected the columns {' or '.join(','.join(kind) for kind in KINDS)}, found {','.join(columns)}")
+        fail(f"{where}: expected the columns {' or '.join(','.join(kind) for kind in KINDS)}, found {','.join(columns)!r}")
     if not rows:
         fail(f"{path}: has no row under its columns")
 

@@ -20,10 +20,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import bt
 import clone
 import common
 import dpo
+import frontier
 import ppo
+import preference_rl
 import reward_model
 import sft
 from data.tokenizer import Tokenizer
@@ -32,6 +35,7 @@ from clone import root  # noqa: F401  (a fixture)
 from test_faults import tree
 
 ALGORITHMS = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "ppo": ppo}
+CONFIGS = {**ALGORITHMS, "frontier": frontier, "bt": bt, "preference_rl": preference_rl}
 SOURCES = [*clone.ROOT.glob("*.py"), *clone.ROOT.glob("data/*.py"), *clone.ROOT.glob("data/*/*.py")]
 ROW = {"prompt": "The film was", "chosen": " good.", "rejected": " bad."}
 
@@ -114,7 +118,7 @@ def test_mistakes_on_the_command_line(script, argv, expected, refused):
     assert expected in refused(script, *argv)
 
 
-NUMBERS = [(script, field.name, value) for script, module in ALGORITHMS.items() for field in dataclasses.fields(module.Config)
+NUMBERS = [(script, field.name, value) for script, module in CONFIGS.items() for field in dataclasses.fields(module.Config)
            for value in {"float": ("nan", "inf", "-1"), "int": ("-1",)}.get(field.type, ())]
 
 
@@ -123,7 +127,7 @@ def test_every_number_has_a_range(script, name, value):
     """nan passes every `if x <= 0`, and inf trains a model of NaNs: no number of any Config takes them, nor a -1."""
     flag = "--" + name.replace("_", "-")
     with pytest.raises(SystemExit, match=f"^error: {flag} .*: must be "):
-        common.parse(ALGORITHMS[script].Config, "", [flag, value])
+        common.parse(CONFIGS[script].Config, "", [flag, value])
 
 
 @pytest.mark.parametrize("argv, expected", [
@@ -483,7 +487,7 @@ def test_a_real_process_says_one_line_and_exits_1_at_once(script, argv, expected
 
 def test_import_draws_in_no_library_that_only_some_runs_need():
     """--help and every mistake wait for the imports, so figures and GPT-2 weights are imported where they are used."""
-    program = ("import sys, sft, reward_model, dpo, ppo, evaluate, frontier\n"
+    program = ("import sys, sft, reward_model, dpo, ppo, evaluate, frontier, bt, preference_rl\n"
                "print(*{name.split('.')[0] for name in sys.modules})")
     modules = subprocess.run([sys.executable, "-c", program], cwd=clone.ROOT, capture_output=True, text=True, check=True,
                              env=clone.environment()).stdout.split()
@@ -520,7 +524,8 @@ def test_the_scripts_can_prepare_every_dataset(prepare):
     inspect.signature(importlib.import_module(f"data.{prepare.parent.name}.prepare").prepare).bind(out=Path())
 
 
-@pytest.mark.parametrize("script", [*clone.SCRIPTS, "frontier", "data/reviews/prepare", "data/imdb/prepare"])
+@pytest.mark.parametrize("script", [*clone.SCRIPTS, "frontier", "bt", "preference_rl", "data/reviews/prepare",
+                                    "data/imdb/prepare"])
 def test_help_of_every_script_exits_0_and_does_nothing(script, root, tmp_path, monkeypatch, capsys):
     """Asking what a script does must not do it."""
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
@@ -553,10 +558,10 @@ def reads(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("script", [*ALGORITHMS, "frontier"])
+@pytest.mark.parametrize("script", CONFIGS)
 def test_no_dead_flags(script):
     """A flag that nothing reads is the commonest defect of this field's code: it is set, believed and ignored."""
-    fields = {field.name for field in dataclasses.fields(importlib.import_module(script).Config)}
+    fields = {field.name for field in dataclasses.fields(CONFIGS[script].Config)}
     by_run = reads(clone.ROOT / "common.py") & {"resume", "out", "checkpoint_every"}
     assert fields - reads(clone.ROOT / f"{script}.py") - by_run == set()
 
