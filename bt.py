@@ -98,7 +98,7 @@ class Fit(NamedTuple):
 
 
 def count(winners: Sequence[int], losers: Sequence[int], K: int, weights: Sequence[float] | None = None) -> Matrix:
-    """The matrix of wins (K, K) of a list of comparisons. Everything below works on it: its size is K^2, whatever the list's."""
+    """The matrix of wins (K, K) of a list of comparisons. Everything below works on it, so a long list costs nothing."""
     pairs = np.asarray(winners) * K + np.asarray(losers)
     return np.bincount(pairs, weights, K * K).reshape(K, K).astype(float)
 
@@ -258,8 +258,8 @@ def check_connected(beats: Matrix, names: Sequence[str]) -> None:
 
     group = reached(beats | beats.T, 0)
     if not group.all():
-        raise NoMaximum(f"these items were never compared with the others: {listed(group if group.sum() * 2 < len(group) else ~group)}"
-                        + HINT)
+        smaller = min(group, ~group, key=np.count_nonzero)
+        raise NoMaximum(f"these items were never compared with the others: {listed(smaller)}" + HINT)
     everyone = np.stack([reached(beats, i) for i in range(len(beats))])  # [i, j]: i beats j, directly or not
     together = everyone & everyone.T
     top = next(group for i, group in enumerate(together) if not (everyone[:, i] & ~group).any())
@@ -302,7 +302,7 @@ def rank_intervals(draws: Matrix) -> tuple[Matrix, Matrix]:
 
 def fit_rankings(rankings: Sequence[Sequence[int]], K: int, weights: Sequence[float] | None = None, *, prior: float = 0.0,
                  names: Sequence[str] | None = None) -> Fit:
-    """Plackett-Luce strengths of rankings, best first: P(ranking) = prod_k exp(r_k) / sum of exp(r) over those not yet placed."""
+    """Plackett-Luce strengths of rankings, best first: P(ranking) = prod_k exp(r_k) / sum of exp(r) over those still left."""
     beats = np.zeros((K, K), bool)
     chosen, left, weight = [], [], []
     for row, w in zip(rankings, np.ones(len(rankings)) if weights is None else weights):
@@ -355,8 +355,8 @@ def borda(P: Matrix) -> list[int]:
 
 # ---- dueling bandits: choosing what to compare (Yue et al. 2012) -------------------------------------------------------------
 #
-# In each of T steps two arms are compared; the answer is drawn from P. Item 0 is the best. The regret of a comparison is
-# (P[0, left] + P[0, right]) / 2 - 1/2, nothing only if the best arm meets itself. Each returns the sum of the regrets, (runs, T).
+# In each of T steps two arms are compared; the answer is drawn from P. Arm 0 is the best. The (strong) regret of a comparison
+# is (P[0, left] + P[0, right]) / 2 - 1/2: none only if the best arm meets itself. Each returns its sum so far, (runs, T).
 
 def regret_of(P: Matrix, left: Matrix, right: Matrix) -> Matrix:
     return (P[0, left] + P[0, right]) / 2 - 0.5
@@ -453,7 +453,8 @@ def leaderboard(config: Config) -> None:
     else:
         options |= dict(home=config.home, davidson=config.ties == "davidson")
         left, right, outcome, weight = (np.array(column) for column in data[1:])
-        wins, losses, ties = counts = [count(left[outcome == o], right[outcome == o], K, weight[outcome == o]) for o in OUTCOMES]
+        counts = [count(left[outcome == o], right[outcome == o], K, weight[outcome == o]) for o in OUTCOMES]
+        wins, losses, ties = counts
         fitted = fit(*counts, **options, sandwich=config.errors == "sandwich")
         scored = wins + losses.T + (ties + ties.T) / 2
         met = scored + scored.T
@@ -464,10 +465,11 @@ def leaderboard(config: Config) -> None:
     r, errors = fitted.strengths, fitted.errors(reference)
     if config.errors == "bootstrap":
         draws = bootstrap(*counts, resamples=config.resamples, seed=config.seed, **options)
+        without = f"{config.resamples - len(draws)} of {config.resamples} resamples have no maximum"
         if len(draws) < 0.9 * config.resamples:
-            fail(f"--errors bootstrap: {config.resamples - len(draws)} of {config.resamples} resamples have no maximum; use --prior")
+            fail(f"--errors bootstrap: {without}; use --prior")
         if len(draws) < config.resamples:
-            print(f"{config.resamples - len(draws)} of {config.resamples} resamples have no maximum and are left out")
+            print(f"{without} and are left out")
         shown = draws - (0 if reference is None else draws[:, [reference]])
         errors = shown.std(0)
         low, high = np.quantile(shown, [0.025, 0.975], axis=0)
@@ -481,7 +483,8 @@ def leaderboard(config: Config) -> None:
     P = fitted.probabilities()
 
     width = max(4, *map(len, names))
-    print(f"\nrank  {'item':{width}}  strength    s.e.        95%        ranks  " + ("comparisons" if observed is not None else "ranked"))
+    print(f"\nrank  {'item':{width}}  strength    s.e.        95%        ranks  "
+          + ("ranked" if observed is None else "comparisons"))
     for place, i in enumerate(order, 1):
         print(f"{place:4}  {names[i]:{width}}  {strengths[i]:8.4f}  {errors[i]:6.4f}  {low[i]:6.2f} to {high[i]:5.2f}  "
               f"{f'{best[i]:.0f} to {worst[i]:.0f}':>8}  {n[i]:g}")
@@ -490,7 +493,7 @@ def leaderboard(config: Config) -> None:
     if config.ties == "davidson":
         print(f"\nties: log nu = {fitted.log_nu:.4f}, s.e. {math.sqrt(fitted.covariance[-1, -1]):.4f}; between equals "
               f"{math.exp(fitted.log_nu) / (2 + math.exp(fitted.log_nu)):.1%} are ties")
-    print(f"\nnegative log-likelihood {fitted.loss:.3f}; with 10 added to every strength the same; with all of them doubled another")
+    print(f"\nnegative log-likelihood {fitted.loss:.3f}")
     if K <= 12:
         print("\nP(row beats column):\n" + " " * width + "".join(f"{names[j][:7]:>8}" for j in order))
         for i in order:
@@ -596,8 +599,9 @@ def demonstrate(config: Config) -> None:
         print(f"{n:11}  {rms[-1]:.4f} {rms[-1] * math.sqrt(n):60.2f}")
 
     flat = fit(CYCLE).strengths
-    print(f"\nrock beats scissors beats paper beats rock, {CYCLE[0, 1]:.0%} each: {winners(CYCLE, ['rock', 'scissors', 'paper'])}\n"
-          f"  Bradley-Terry: strengths {', '.join(f'{x:.3f}' for x in flat + 0.0)}: 50% for every pair. No scalar reward can say it.\n"
+    print(f"\nrock beats scissors beats paper beats rock, {CYCLE[0, 1]:.0%} each: "
+          f"{winners(CYCLE, ['rock', 'scissors', 'paper'])}\n  Bradley-Terry: strengths "
+          f"{', '.join(f'{x:.3f}' for x in flat + 0.0)}: 50% for every pair. No scalar reward can say it.\n"
           f"A beats all narrowly, B beats all but A by far: {winners(DISAGREE, 'ABCD')}\n"
           f"  Bradley-Terry puts {'ABCD'[fit(DISAGREE).strengths.argmax()]} first, as Borda does: "
           "each item has as many wins as its strength predicts")
@@ -610,15 +614,17 @@ def demonstrate(config: Config) -> None:
         at = np.array([config.horizon // 100, config.horizon // 10, config.horizon])
         found = [{"bandit": name, "step": int(t), "regret": mean, "regret_se": error}
                  for t, mean, error in zip(at, *mean_se(curves[name][:, at - 1]))]
-        print(f"  {name:20}" + ",  ".join(f"{row['regret']:.0f} ± {row['regret_se']:.0f} after {row['step']}" for row in found))
         rows += found
+        print(f"  {name:20}"
+              + ",  ".join(f"{row['regret']:.0f} ± {row['regret_se']:.0f} after {row['step']}" for row in found))
     slope = (found[2]["regret"] - found[1]["regret"]) / math.log(10)
     print(f"  RUCB's regret grows by {slope:.1f} log T over the last decade; no algorithm can stay under "
           f"{regret_bound(P):.1f} log T (Komiyama et al. 2015)")
     rows.append({"bandit": "RUCB", "slope": slope, "bound": regret_bound(P)})
 
     folder = Path(config.out)
-    write_jsonl(folder / "results.jsonl", [{k: float(v) if isinstance(v, np.floating) else v for k, v in row.items()} for row in rows])
+    write_jsonl(folder / "results.jsonl",
+                [{key: float(x) if isinstance(x, np.floating) else x for key, x in row.items()} for row in rows])
     draw_simulation(folder / "figure.png", r, fitted, sizes, rms, curves, regret_bound(P))
     print(f"\nrows and figure  ->  {folder}")
 

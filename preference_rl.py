@@ -3,24 +3,24 @@ of a step from answers about whole segments (Christiano et al. 2017), one acts o
 
     P(tau1 preferred to tau2) = exp sum_t r(s1_t) / (exp sum_t r(s1_t) + exp sum_t r(s2_t))            (their Eq. 1)
 
-It is bt.py's model with a trajectory's sum of rewards for the strength. With r(s) = w . phi(s) that sum is w . Phi, the features
-summed over the segment, so the fit is a logistic regression on Phi1 - Phi2, and what is still open about w is nearly normal:
-N(w_hat, H^-1), H the curvature of the loss at its minimum (Laplace).
+It is bt.py's model with a trajectory's sum of rewards for the strength. With r(s) = w . phi(s) that sum is w . Phi, Phi the
+features summed over the segment, so the fit is a logistic regression on Phi1 - Phi2, and what is still open about w is nearly
+normal: N(w_hat, H^-1), H the curvature of the loss at its minimum (Laplace).
 
     python preference_rl.py      # a pendulum learns to stand up from answers alone; a minute on 2 cores
 
-1) Asking well. Someone knows what they want of a pendulum: a weight for each of four things (up, calm, no effort, clockwise). How
-   many answers until we know it, too? The question is drawn from 500 pairs of segments:
+1) Asking well. Someone knows what they want of a pendulum: a weight for each of four things (up, slow, smooth, clockwise).
+   How many answers until we know it, too? The question is drawn from 500 pairs of segments:
        random        any
        volume        the one whose answer, even the less telling, removes most of w  (Sadigh et al. 2017, Eq. 10)
        information   the one whose answer tells most about w, in nats                (Biyik et al. 2019)
    Volume has a flaw that the second paper names: two segments that are alike can be answered either way, which "removes half".
-2) Backflips. The pendulum hangs; its motor is too weak to lift it, so it must swing. We see its states, never its reward, and
-   ask about pairs of segments of two seconds that the present policy, with some exploration, has made. Questions and policy take turns:
-   roll out, ask, fit, plan. How many bits until it stands?
+2) Backflips. The pendulum hangs; its motor is too weak to lift it, so it must swing. We see its states, never its reward,
+   and ask about pairs of segments of two seconds that the present policy, with some exploration, has made. Questions and policy
+   take turns: roll out, ask, fit, plan. How many bits until it stands?
 
-Differs from the papers: a normal approximation in place of MCMC (1) and of an ensemble of networks (2); the policy is the optimal
-one of the learned reward by value iteration on a grid, for what it loses is then the reward's fault alone.
+Differs from the papers: a normal approximation in place of MCMC (1) and of an ensemble of networks (2); the policy is the
+optimal one of the learned reward, by value iteration on a grid: what it loses is then the reward's fault alone.
 
 Writes  runs/preference-rl/ : results.jsonl, figure.png
 """
@@ -299,8 +299,8 @@ def main(config: Config) -> None:
     top = at("true reward", "backflips", 0, "return")
     total = config.rounds * config.questions
     shown = [config.questions * k for k in range(0, config.rounds + 1, max(1, config.rounds // 6))]
-    print(f"\n2) backflips: return of {STEPS} steps, mean of {config.seeds} people; with the true reward {top[0]:.1f} ± {top[1]:.1f}\n\n"
-          "answers     " + "".join(f"{n:>14}" for n in shown))
+    print(f"\n2) backflips: return of {STEPS} steps, mean of {config.seeds} people; with the true reward {top[0]:.1f} ± "
+          f"{top[1]:.1f}\n\nanswers     " + "".join(f"{n:>14}" for n in shown))
     for way in learned:
         print(f"{way:12}" + "".join("{:8.1f} ± {:3.1f}".format(*at(way, "backflips", n, "return")) for n in shown))
     for way in learned:
@@ -333,7 +333,7 @@ def draw(rows: list[dict], learned: Array, grid: Grid, top: float, path: Path) -
     axes[1].axhline(top, color="black", linestyle="--", label="planned on the true reward")
     axes[0].set(xlabel="answers", ylabel="degrees", title="asking well: angle to the person's weights", yscale="log")
     axes[1].set(xlabel="answers", ylabel="return", title="a pendulum that learns to stand from answers")
-    for axis, reward, title in ((axes[2], true_reward(grid.states), "true reward"), (axes[3], learned, "learned reward, one person")):
+    for axis, reward, title in ((axes[2], true_reward(grid.states), "true reward"), (axes[3], learned, "learned, one person")):
         axis.imshow(reward.reshape(grid.N, grid.N).T, origin="lower", aspect="auto", extent=(-np.pi, np.pi, -SPEED, SPEED))
         axis.set(xlabel="angle (0: up)", ylabel="speed", title=title)
     for axis in axes[:2]:

@@ -1,5 +1,5 @@
-"""preference_rl.py: the model against bt.py and finite differences, what a question is worth by enumeration, the pendulum and its
-planner against algebra, and both experiments in small.
+"""preference_rl.py: the model against bt.py and finite differences, what a question is worth by enumeration, the pendulum and
+its planner against algebra, and both experiments in small.
 """
 import json
 import math
