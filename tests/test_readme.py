@@ -22,6 +22,9 @@ SMALL = {
     "python frontier.py --grid ablation": "test_frontier.py",
     "python ppo.py --reward FILE.py:function": "test_ppo.py",
     "python dpo.py --pairs FILE.jsonl": ".ci/run, with the pairs that the first command wrote",
+    "python preference_rl.py": "test_preference_rl.py",
+    "python dagger.py --task track": "test_dagger.py",
+    "python dagger.py --task distill": "test_dagger.py",
     "python sft.py --dataset imdb --init gpt2-large --steps 1000 --lr 5e-5 --out runs/imdb-gpt2/sft": "test_model.py, test_cli.py",
     "python dpo.py --dataset imdb --sft runs/imdb-gpt2/sft --lr 1e-5": "test_imdb.py: test_the_whole_imdb_pipeline",
 }
