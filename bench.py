@@ -1,7 +1,7 @@
-"""How fast is a step? One JSON line each for the SFT, reward-model and DPO step, for generation, for a PPO update, and for
-Bradley-Terry fits.
+"""How fast is a step? One JSON line each for the SFT, reward-model and DPO step, for generation, for a PPO update, for
+Bradley-Terry fits and for DAgger.
 
-    python bench.py                                                       # all six, the size of the table in results/bench
+    python bench.py                                                       # all seven, the size of the table in results/bench
     python bench.py --only ppo --batch 64
     python bench.py --only dpo --layers 6 --heads 6 --embd 384 --dtype bfloat16
 
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 import bt
+import dagger
 from common import adamw, autocast, device
 from dpo import dpo_loss
 from model import GPT, GPTConfig, ScalarModel, generate, response_logprobs, response_mask
@@ -36,7 +37,8 @@ from sft import optimizers_for
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["sft", "reward_model", "dpo", "generate", "ppo", "bt"], help="one of the six")
+    parser.add_argument("--only", choices=["sft", "reward_model", "dpo", "generate", "ppo", "bt", "dagger"],
+                        help="one of the seven")
     for name, value, text in (("layers", 4, "blocks"), ("heads", 4, "attention heads"), ("embd", 128, "channels"),
                               ("vocab", 4096, "size of the vocabulary"), ("batch", 16, "pairs, or rows"),
                               ("prompt", 16, "tokens of a prompt"), ("comp", 48, "tokens of a response"),
@@ -105,6 +107,19 @@ def bradley_terry() -> None:
                           "comparisons": comparisons, "threads": torch.get_num_threads()}), flush=True)
 
 
+def imitation() -> None:
+    """DAgger whole: roll out, label, aggregate, train, validate. Labels a second, and environment steps (validation, too)."""
+    road, on_road = dagger.Track(), dagger.Config(task="track")
+    tasks = {"bridge": (lambda: dagger.Bridge(0).train(dagger.Config(), "DAgger", 256, 30_720), 30_720, 10 * 200 * 256),
+             "track": (lambda: road.train(on_road, "DAgger", 2960, np.random.default_rng(0)), 2960, 8 * 10 * road.lap)}
+    for name, (work, labels, validation) in tasks.items():
+        result = measure(work, 5, 1)
+        per_second = 1e3 / result["ms_median"]
+        print(json.dumps({"bench": "dagger", "task": name, **{k: round(v, 2) for k, v in result.items()},
+                          "labels_per_s": round(labels * per_second), "steps_per_s": round((labels + validation) * per_second),
+                          "threads": torch.get_num_threads()}), flush=True)
+
+
 def main(a: argparse.Namespace) -> None:
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)
@@ -164,9 +179,9 @@ def main(a: argparse.Namespace) -> None:
 
     benches = {"sft": (GPT, sft_loss, 1, head), "reward_model": (ScalarModel, pairwise, 2, 0), "dpo": (GPT, dpo, 2, head)}
     units = {"dpo": "pairs_per_s", "reward_model": "pairs_per_s", "ppo": "episodes_per_s"}
-    for name in [a.only] if a.only else ["sft", "reward_model", "dpo", "generate", "ppo", "bt"]:
-        if name == "bt":
-            bradley_terry()
+    for name in [a.only] if a.only else ["sft", "reward_model", "dpo", "generate", "ppo", "bt", "dagger"]:
+        if name in ("bt", "dagger"):
+            bradley_terry() if name == "bt" else imitation()
             continue
         if name == "generate":
             model, draw = GPT(config).to(device()).eval(), torch.Generator().manual_seed(0)

@@ -9,25 +9,27 @@ with a teacher's labels (on-policy distillation) is the same cure, and the third
         train pi_{i+1} on D
     return the best pi_i on validation
 
-Cloning is its first round alone: the expert acts, the learner copies. If it errs with probability epsilon in the states that the
-expert visits, it may leave them at any of T steps and then pay for all that are left: its cost is at most epsilon T^2 above the
-expert's (Ross and Bagnell 2010, Theorem 2.1), and there are tasks where it is of that order. DAgger's learner is trained where it goes
-itself; if a mistake can be mended at a cost of u it pays at most u epsilon T + O(1) (Ross et al. 2011, Theorem 2.2), since choosing
-policies against the states that they cause is online learning, and training on all data so far is follow-the-leader, which
-has no regret.
+Cloning is its first round alone: the expert acts, the learner copies. If it errs with probability epsilon in the states that
+the expert visits, it may leave them at any of T steps and then pay for all that are left: its cost is at most epsilon T^2 above
+the expert's (Ross and Bagnell 2010, Theorem 2.1), and there are tasks where it is of that order. DAgger's learner is trained
+where it goes itself; if a mistake can be mended at a cost of u it pays at most u epsilon T + O(1) (Ross et al. 2011, Theorem
+2.2), since choosing policies against the states that they cause is online learning, and training on all data so far is
+follow-the-leader, which has no regret.
 
     python dagger.py                   # a bridge that can be fallen off: cost against horizon, T^2 and T; 20 s
-    python dagger.py --task track      # a car on a winding track: who stays on it, and for how many labels; a minute
-    python dagger.py --task distill    # a small GPT learns from a larger one, on its samples or on its own; 4 minutes on 2 cores
+    python dagger.py --task track      # a car on a winding road: who stays on it, and for how many labels; two minutes
+    python dagger.py --task distill    # a small GPT learns from a larger one, on its samples or its own; 5 minutes on 2 cores
 
 bridge    M planks, one of A actions is right on each; the wrong one and you are in the water, at one of W spots, each with one
-          action that brings you back. A step in the water costs 1. The expert knows all right actions and never falls. The learner
-          is a table: it knows what it has seen, and guesses the rest. Built so that the T^2 is real: the expert never shows what
-          to do in the water. Beside it the same bridge over shallow water that you leave by yourself: there cloning costs epsilon T.
-track     steering only, at constant speed, in gusts. The learner sees where it is on the road and the bends ahead, and copies the
-          steering by ridge regression on 100 bumps around states it was shown; where nothing was shown it steers straight on.
-distill   expert = the SFT policy of `reviews`, learner = a GPT of a quarter of its size, an action is a token. Every label is the
-          expert's whole distribution. Cloning is trained on the expert's samples, DAgger on its own from the second round on.
+          action that brings you back. A step in the water costs 1. The expert knows all right actions and never falls. The
+          learner is a table: it knows what it has seen, and guesses the rest. Built so that the T^2 is real: the expert never
+          shows what to do in the water. Beside it the same bridge over shallow water, which you leave by yourself: there
+          cloning, too, costs epsilon T.
+track     steering only, at constant speed, in gusts. The learner sees where it is on the road and the bends ahead, and copies
+          the steering by ridge regression on 100 bumps around states it was shown; far from all of them it steers straight on.
+distill   expert = the SFT policy of `reviews`, learner = a GPT of a quarter of its size, an action is a token. Every label is
+          the expert's whole distribution. Cloning is trained on the expert's samples, DAgger on its own from the second round
+          on, from where the last round ended; the last learner is returned, without validation.
 
 Symbols: epsilon, the learner's error rate under the distribution that it was trained on; cost, summed over T steps; labels, the
 number of states that the expert was asked about, which is the effort of a human expert. Intervals are over seeds.
@@ -65,8 +67,8 @@ class Config:
     horizon: int = 256  # bridge: the longest; the others are halves of it, six in all
     labels: int = 0  # states the expert is asked about in all (distill: responses); 0 = the task's own number
     iterations: int = 0  # rounds of DAgger; 0 = 10 (bridge), 8 (track), 4 (distill)
-    schedule: Literal["", "linear", "exponential", "first"] = ""  # expert_prob falls to 0 in equal steps, by halves, or after the
-    # first round; none = linear (bridge), first (track, distill)
+    schedule: Literal["", "linear", "exponential", "first"] = ""  # expert_prob falls to 0 in equal steps, by halves, or after
+    # the first round; none = linear (bridge), first (track, distill)
     expert_prob: float = 1.0  # share of the expert's actions in the first round
     seeds: int = 0  # 0 = 20, or 3 of distill
     seed: int = 0  # the first
@@ -106,7 +108,8 @@ class Config:
 
 # ---- the algorithm ---------------------------------------------------------------------------------------------------
 
-def dagger(expert_probs: list[float], roll_out: Callable, expert: Callable, learn: Callable, cost: Callable, learner: Any) -> Any:
+def dagger(expert_probs: list[float], roll_out: Callable, expert: Callable, learn: Callable, cost: Callable,
+           learner: Any) -> Any:
     """Dataset Aggregation; with expert_probs = [1] it is cloning.
 
     Args:
@@ -160,6 +163,14 @@ class Bridge:
             table[states] = actions
         return table
 
+    def train(self, config: Config, method: str, T: int, labels: int) -> Array:
+        """The table that cloning or DAgger ends with after so many labels."""
+        probs = config.expert_probs() if method == "DAgger" else [1.0]
+        each, shallow = labels // len(probs), method == "cloning, shallow"
+        return dagger(probs, lambda table, prob: self.roll_out(table, prob, max(1, each // T), min(T, each), shallow),
+                      lambda states: self.right[states], self.learn,
+                      lambda table: (self.roll_out(table, 0.0, 200, T) >= M).mean(), self.guess)
+
     def errors(self, table: Array) -> tuple[float, float]:
         """Share of planks, and of spots in the water, where the table is wrong."""
         wrong = table != self.right
@@ -167,8 +178,8 @@ class Bridge:
 
 
 def expected_cost(epsilon: float, stuck: float, T: int) -> float:
-    """Expected steps in the water among T, exactly: a table falls with probability epsilon at a plank, and from a share `stuck` of
-    the spots it never comes back. For stuck = 1 it is sum_t 1 - (1 - epsilon)^t, about epsilon T^2 / 2."""
+    """Expected steps in the water among T, exactly: a table falls with probability epsilon at a plank, and never comes back
+    from a share `stuck` of the spots. For stuck = 1 it is sum over t < T of 1 - (1 - epsilon)^t, about epsilon T^2 / 2."""
     on, wet, lost, cost = 1.0, 0.0, 0.0, 0.0  # probabilities: on a plank, about to leave the water, in it for good
     for _ in range(T):
         cost += wet + lost
@@ -181,12 +192,8 @@ def bridge(config: Config) -> list[dict]:
     rows = []
 
     def run(method: str, T: int, labels: int, seed: int) -> dict:
-        world = Bridge(seed, T)
-        probs = [1.0] if method != "DAgger" else config.expert_probs()
-        each, shallow = labels // len(probs), method == "cloning, shallow"
-        table = dagger(probs, lambda table, prob: world.roll_out(table, prob, max(1, each // T), min(T, each), shallow),
-                       lambda states: world.right[states], world.learn,
-                       lambda table: (world.roll_out(table, 0.0, 200, T) >= M).mean(), world.guess)
+        world, shallow = Bridge(seed, T), method == "cloning, shallow"
+        table = world.train(config, method, T, labels)
         epsilon, stuck = world.errors(table)
         visited = world.roll_out(table, 0.0, 200, T, shallow)
         return {"task": "bridge", "method": method, "horizon": T, "labels": labels, "seed": seed, "epsilon": epsilon,
@@ -271,9 +278,23 @@ class Track:
             views.append(seen)
             steering = mixture(policy(seen), self.expert(seen), expert_prob, rng) + self.gust * rng.normal(size=n)
             heading = state[:, 2] + self.step * steering
-            state = np.column_stack([state[:, :2] + self.step * self.speed * np.column_stack([np.cos(heading), np.sin(heading)]),
-                                     heading])
+            ahead = np.column_stack([np.cos(heading), np.sin(heading)])
+            state = np.column_stack([state[:, :2] + self.step * self.speed * ahead, heading])
         return np.stack(states, 1), np.stack(views, 1)
+
+
+    def train(self, config: Config, method: str, labels: int, rng: np.random.Generator) -> Callable[[Array], Array]:
+        """The policy that cloning or DAgger ends with after so many labels; on validation, the least time off the road."""
+        probs = config.expert_probs() if method == "DAgger" else [1.0]
+        each = labels // len(probs)
+        T = min(each, self.lap)
+        return dagger(probs, lambda policy, prob: self.drive(policy, max(1, each // T), T, prob, rng)[1], self.expert,
+                      lambda D, _: ridge(D, rng), lambda policy: self.off(self.drive(policy, 10, self.lap, 0.0, rng)[1]).mean(),
+                      lambda seen: np.zeros(len(seen)))
+
+    def off(self, seen: Array) -> Array:
+        """Whether the car has left the road, for every view."""
+        return np.abs(seen[..., 0]) > self.half_width
 
 
 def ridge(D: list[tuple[Array, Array]], rng: np.random.Generator, bumps: int = 100) -> Callable[[Array], Array]:
@@ -300,17 +321,9 @@ def track(config: Config) -> tuple[list[dict], Track, dict[str, Array]]:
     for labels in tqdm([n for n in sizes if n >= 10 * config.iterations], "track"):
         for seed in range(config.seed, config.seed + config.seeds):
             for method in ("cloning", "DAgger"):
-                rng = np.random.default_rng([seed, labels])
-                probs = config.expert_probs() if method == "DAgger" else [1.0]
-                each = labels // len(probs)
-                T = min(each, road.lap)
-
-                def cost(policy: Callable) -> float:
-                    return np.abs(road.drive(policy, 10, road.lap, 0.0, rng)[1][..., 0] > road.half_width).mean()
-                policy = dagger(probs, lambda policy, prob: road.drive(policy, max(1, each // T), T, prob, rng)[1], road.expert,
-                                lambda D, _: ridge(D, rng), cost, lambda seen: np.zeros(len(seen)))
+                policy = road.train(config, method, labels, np.random.default_rng([seed, labels]))
                 states, views = road.drive(policy, 20, road.lap, 0.0, np.random.default_rng([seed, 1]))
-                off = np.abs(views[..., 0]) > road.half_width
+                off = road.off(views)
                 rows.append({"task": "track", "method": method, "labels": labels, "seed": seed,
                              "laps": float(1 - off.any(1).mean()), "time_off": float(off.mean())})
                 if labels == config.labels and seed == config.seed:
@@ -324,7 +337,7 @@ def track(config: Config) -> tuple[list[dict], Track, dict[str, Array]]:
     return rows, road, lines
 
 
-# ---- distill: a state is a prompt and the response so far ---------------------------------------------------------------------
+# ---- distill: a state is a prompt and the response so far ------------------------------------------------------------
 
 class Distilled(NamedTuple):
     method: str
@@ -403,7 +416,7 @@ def distill(config: Config) -> tuple[list[dict], list[Distilled]]:
                     loss.backward()
                     norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0).item()
                     if not math.isfinite(norm + loss.item()):
-                        fail(f"step {step}: loss {loss.item()}, gradient norm {norm}: not finite; --lr {config.lr} may be too large")
+                        fail(f"step {step}: loss {loss.item()}, gradient norm {norm}: not finite; --lr {config.lr} too large?")
                     for optimizer in optimizers:
                         for group in optimizer.param_groups:
                             group["lr"] = config.lr * warmup_cosine(step, config.steps, 50)
@@ -415,7 +428,7 @@ def distill(config: Config) -> tuple[list[dict], list[Distilled]]:
             rounds = iter(range(config.iterations))
             probs = config.expert_probs() if method == "DAgger" else [1.0] * config.iterations
             dagger(probs, lambda model, prob: roll_out(teacher if prob else model.eval(), seed, 2, next(rounds)),
-                   lambda _: None, learn, lambda _: 0.0, student)  # a label is the teacher's distribution, computed where it is used
+                   lambda _: None, learn, lambda _: 0.0, student)  # labels, 1,000 numbers a token, are made where used
             bar.close()
 
             # ---- on the student's own responses to test prompts
@@ -429,13 +442,13 @@ def distill(config: Config) -> tuple[list[dict], list[Distilled]]:
                          "reward": policy.rewards.mean().item(), "teacher_reward": bank.rewards.mean().item(),
                          "kl_by_position": [round(float(x), 5) for x in kl[:60]],
                          "alive": [round(float(x), 5) for x in alive[:60]]})
-    print(f"\nKL(student || teacher) on the student's own responses, nats; {config.labels} labelled responses, {config.seeds} seeds\n\n"
-          f"{'':10}{'a response':>18}{'at tokens 1-10':>18}{'at 21-30':>18}{'gold reward':>18}   (teacher "
+    print(f"\nKL(student || teacher) on the student's own responses, nats; {config.labels} labelled responses, {config.seeds} "
+          f"seeds\n\n{'':10}{'a response':>18}{'at tokens 1-10':>18}{'at 21-30':>18}{'gold reward':>18}   (teacher "
           f"{rows[0]['teacher_reward']:.3f})")
     for method in ("cloning", "DAgger"):
         own = [row for row in rows if row["method"] == method]
-        columns = [[row["kl"] for row in own], *([np.mean(row["kl_by_position"][a:b]) for row in own] for a, b in ((0, 10), (20, 30))),
-                   [row["reward"] for row in own]]
+        early, late = ([np.mean(row["kl_by_position"][a:b]) for row in own] for a, b in ((0, 10), (20, 30)))
+        columns = [[row["kl"] for row in own], early, late, [row["reward"] for row in own]]
         print(f"{method:10}" + "".join(f"{np.mean(x):10.3f} ± {np.std(x, ddof=1) / math.sqrt(len(x)):.3f}" for x in columns))
     return rows, curves
 
@@ -459,7 +472,8 @@ def draw_bridge(rows: list[dict], config: Config, path: Path) -> None:
     figure, axes = figure_of(4)
     runs = [row for row in rows if "cost" in row]
     slopes = {row["method"]: row["slope"] for row in rows if "slope" in row}
-    for axis, over, fixed in ((axes[0], "horizon", ("labels", config.labels)), (axes[1], "labels", ("horizon", config.horizon // 2))):
+    half = config.horizon // 2
+    for axis, over, fixed in ((axes[0], "horizon", ("labels", config.labels)), (axes[1], "labels", ("horizon", half))):
         for method in slopes if over == "horizon" else ("cloning", "DAgger"):
             own = [row for row in runs if row["method"] == method and row[fixed[0]] == fixed[1]]
             x = np.array(sorted({row[over] for row in own}))
@@ -473,14 +487,10 @@ def draw_bridge(rows: list[dict], config: Config, path: Path) -> None:
         axis.set(xscale="log", yscale="log", xlabel=over, ylabel="steps in the water")
         axis.legend(fontsize=8)
     axes[0].set_title(f"{config.labels} labels")
-    axes[1].set_title(f"horizon {config.horizon // 2}: what an expert's effort buys")
+    axes[1].set_title(f"horizon {half}: what an expert's effort buys")
     for axis, method in zip(axes[2:], ("cloning", "DAgger")):
         world = Bridge(config.seed, config.horizon)
-        probs = [1.0] if method == "cloning" else config.expert_probs()
-        each = config.labels // 4 // len(probs)
-        table = dagger(probs, lambda table, prob: world.roll_out(table, prob, max(1, each // config.horizon),
-                       min(each, config.horizon)), lambda states: world.right[states], world.learn,
-                       lambda table: (world.roll_out(table, 0.0, 200, config.horizon) >= M).mean(), world.guess)
+        table = world.train(config, method, config.horizon, config.labels // 4)
         seen = world.roll_out(table, 0.0, 100, config.horizon)
         axis.imshow(seen >= M, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
         axis.set(xlabel="step", ylabel="walker", title=f"{method}, {config.labels // 4} labels: in the water (blue)")
