@@ -145,6 +145,7 @@ def main(a: argparse.Namespace) -> None:
 
     logprobs = torch.compile(response_logprobs) if a.compile else response_logprobs
     score = torch.compile(ScalarModel.score) if a.compile else ScalarModel.score
+    values_of = torch.compile(response_values) if a.compile else response_values
 
     def sft_loss(model: GPT) -> torch.Tensor:
         half = slice(0, a.batch)
@@ -163,13 +164,13 @@ def main(a: argparse.Namespace) -> None:
             samples = generate(policy, prompts, T, -1, 0, draw)  # -1: no EOS, every response has full length
             row = [x.to(device()) for x in samples[:3]]
             mask = response_mask(row[1], row[2])
-            old, before, values = logprobs(policy, *row), logprobs(ref, *row), response_values(value, *row)
+            old, before, values = logprobs(policy, *row), logprobs(ref, *row), values_of(value, *row)
             scores = score(reward, row[0], row[2])
         advantages, returns = compute_gae(compute_rewards(scores, old, before, mask, 0.05), values, mask, 1.0, 0.95)
         advantages = whiten(advantages, mask)
         for _ in range(4):
             with autocast(a.dtype):
-                new, new_values = logprobs(policy, *row), response_values(value, *row)
+                new, new_values = logprobs(policy, *row), values_of(value, *row)
             losses = policy_loss(new, old, advantages, mask, 0.2)[0] + value_loss(new_values, values, returns, mask, 0.2)
             (losses.sum() / mask.sum()).backward()
             for network, optimizer in zip((policy, value), optimizers):

@@ -5,7 +5,7 @@
 Written to data/reviews/prepared/:
     train.jsonl          20,000 rows {"text"}
     test.jsonl            1,000 rows {"text"}, none of them in train
-    prompts_train.jsonl   4,000 rows {"prompt"}: the first 2 to 8 words of further reviews, all distinct
+    prompts_train.jsonl  20,000 rows {"prompt"}: the first 2 to 8 words of further reviews, all distinct
     prompts_test.jsonl      512 rows {"prompt"}: the same, none of them in prompts_train
     tokenizer.tiktoken   byte-level BPE of 1,024 tokens, learned on train.jsonl
     meta.json            seed, counts, the grammar's entropy (nats a review), checksums
