@@ -268,7 +268,8 @@ def by_run(rows: list[dict]) -> dict[str, dict[str, dict[int, list[dict]]]]:
 
 
 def table(rows: list[dict], bank: evaluate.Bank) -> list[dict]:
-    """A row a method: reward and share of the optimum at each of KLS, the largest reward, length and cost."""
+    """A row a method: reward and share of the optimum at each of KLS and at the end of the setting with the largest reward,
+    whose length and cost it gives, too."""
     curve, ref_reward = evaluate.frontier(bank.rewards), bank.rewards.mean().item()
     lines = []
 
@@ -287,7 +288,7 @@ def table(rows: list[dict], bank: evaluate.Bank) -> list[dict]:
         setting = max(ends, key=lambda s: mean_se([row["reward"] for row in ends[s]])[0])
         for name in ("reward", "kl", "length", "seconds", "samples", "reward_calls"):
             line[name], line[f"{name}_se"] = mean_se([row[name] for row in ends[setting]])
-        lines.append(line | {"setting": setting})
+        lines.append(line | {"setting": setting, "end": at(line["kl"], line["reward"], line["reward_se"], setting)})
     # best of n: the reward at a KL no larger than its bound, which the bank gives for every n
     N = bank.rewards.shape[1]
     line = {"method": "best of n"}
@@ -304,11 +305,13 @@ def markdown(lines: list[dict], bank: evaluate.Bank) -> str:
     def number(value: float, error: float, form: str) -> str:
         return f"{value:{form}}" + ("" if math.isnan(error) else f" ± {error:{form}}")
 
+    def share(at: dict) -> str:
+        error = "" if math.isnan(at["share_se"]) else f" ± {100 * at['share_se']:.0f}"
+        return f"({'' if at['known'] else '≤ '}{at['share']:.0%}{error})"
+
     def cell(line: dict, kl: float) -> str:
-        if not (at := line.get(f"at {kl:g}")):
-            return ""
-        return (f"{number(at['reward'], at['se'], '.3f')} ({'' if at['known'] else '≤ '}{at['share']:.0%}"
-                + ("" if math.isnan(at["share_se"]) else f" ± {100 * at['share_se']:.0f}") + ")")
+        at = line.get(f"at {kl:g}")
+        return f"{number(at['reward'], at['se'], '.3f')} {share(at)}" if at else ""
 
     curve = evaluate.frontier(bank.rewards)
     optimum = [evaluate.optimal_reward(curve, kl) for kl in KLS]
@@ -318,7 +321,7 @@ def markdown(lines: list[dict], bank: evaluate.Bank) -> str:
         text += f"| {line['method']} | " + " | ".join(cell(line, kl) for kl in KLS)
         if "reward" in line:
             text += (f" | {number(line['reward'], line['reward_se'], '.3f')} ({line['setting']}) | "
-                     f"{number(line['kl'], line['kl_se'], '.2f')} | {line['length']:.1f} | {line['seconds']:.0f} | "
+                     f"{number(line['kl'], line['kl_se'], '.2f')} {share(line['end'])} | {line['length']:.1f} | {line['seconds']:.0f} | "
                      f"{line['samples']:.0f} | {line['reward_calls']:.0f} |\n")
         else:
             text += " | | | | | | |\n"

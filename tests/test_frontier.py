@@ -118,6 +118,8 @@ def test_the_largest_reward_is_of_the_setting_that_ends_best(bank):
     line, _ = table(rows, bank)
     expected = dict(reward=0.75, reward_se=0.05, kl=4, kl_se=1, length=21, seconds=20, samples=512, reward_calls=99)
     assert line["setting"] == "high" and {name: line[name] for name in expected} == pytest.approx(expected)
+    share, known = evaluate.share_of_optimum(evaluate.frontier(bank.rewards), 0.75, 4.0, bank.rewards.mean().item())
+    assert line["end"]["share"] == pytest.approx(share) and line["end"]["known"] == known  # at the KL where it ends
 
 
 def test_the_table_in_markdown_and_the_papers_claim(bank):
@@ -128,7 +130,9 @@ def test_the_table_in_markdown_and_the_papers_claim(bank):
     text = markdown(lines, bank).splitlines()
     assert len(text) == 2 + 3 + 1 and len({line.count("|") for line in text}) == 1
     assert text[2].startswith(f"| DPO | 0.600 ± 0.030 ({lines[0]['at 1']['share']:.0%} ± ")
-    assert " | 0.800 ± 0.030 (beta 1) | 3.00 ± 0.00 | 9.0 | 60 | 0 | 0 |" in text[2]
+    end = lines[0]["end"]
+    assert (f" | 0.800 ± 0.030 (beta 1) | 3.00 ± 0.00 ({'' if end['known'] else '≤ '}{end['share']:.0%} ± "
+            f"{100 * end['share_se']:.0f}) | 9.0 | 60 | 0 | 0 |") in text[2]
     assert text[-1].startswith("| **optimum** | ") and text[-1].count("≥") == 2  # at 4 and 8 nats
     assert frontier.compare(lines) == "DPO - PPO at 1 nats: -0.050 ± 0.042\nDPO - PPO at 2 nats: -0.050 ± 0.042\n"
 
