@@ -82,7 +82,7 @@ class Config:
     def __post_init__(self) -> None:
         require_numbers(self, above_0="steps lr", from_0="labels iterations seeds seed")
         require(0 <= self.expert_prob <= 1, f"--expert-prob {self.expert_prob}: must be in [0, 1]")
-        require(self.horizon >= 32, f"--horizon {self.horizon}: must be >= 32")
+        require(self.horizon >= 64, f"--horizon {self.horizon}: must be >= 64")
         distill = self.task == "distill"
         require(distill or not self.sft and self.steps == Config.steps and self.lr == Config.lr,
                 "--sft, --steps, --lr: need --task distill")
@@ -167,7 +167,7 @@ class Bridge:
         """The table that cloning or DAgger ends with after so many labels."""
         probs = config.expert_probs() if method == "DAgger" else [1.0]
         each, shallow = labels // len(probs), method == "cloning, shallow"
-        return dagger(probs, lambda table, prob: self.roll_out(table, prob, max(1, each // T), min(T, each), shallow),
+        return dagger(probs, lambda table, prob: self.roll_out(table, prob, -(-each // T), T, shallow).ravel()[:each],
                       lambda states: self.right[states], self.learn,
                       lambda table: (self.roll_out(table, 0.0, 200, T) >= M).mean(), self.guess)
 
@@ -288,8 +288,9 @@ class Track:
         probs = config.expert_probs() if method == "DAgger" else [1.0]
         each = labels // len(probs)
         T = min(each, self.lap)
-        return dagger(probs, lambda policy, prob: self.drive(policy, max(1, each // T), T, prob, rng)[1], self.expert,
-                      lambda D, _: ridge(D, rng), lambda policy: self.off(self.drive(policy, 10, self.lap, 0.0, rng)[1]).mean(),
+        return dagger(probs, lambda policy, prob: self.drive(policy, -(-each // T), T, prob, rng)[1].reshape(-1, 6)[:each],
+                      self.expert, lambda D, _: ridge(D, rng),
+                      lambda policy: self.off(self.drive(policy, 10, self.lap, 0.0, rng)[1]).mean(),
                       lambda seen: np.zeros(len(seen)))
 
     def off(self, seen: Array) -> Array:
@@ -404,7 +405,7 @@ def distill(config: Config) -> tuple[list[dict], list[Distilled]]:
 
             def learn(D: list, student: GPT) -> GPT:
                 """Steps on all responses so far towards the teacher's distributions; goes on from the weights there are."""
-                done = bar.n
+                done = config.steps * (len(D) - 1) // config.iterations
                 for step in range(done, config.steps * len(D) // config.iterations):
                     draw = generator(seed, 1, step)
                     samples = D[int(torch.randint(len(D), (), generator=draw))][0]  # of one round, any of them

@@ -11,7 +11,7 @@ import frontier
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
-# commands that cannot run here (hours, or a network); the test that runs the same path at a small size
+# commands that cannot run here (too long, or a network); the test that runs the same path at a small size
 SMALL = {
     "python data/imdb/prepare.py": "test_imdb.py: test_the_whole_imdb_pipeline",
     "python dpo.py --dataset imdb --beta 0.1": "test_imdb.py: test_the_whole_imdb_pipeline",
@@ -21,6 +21,7 @@ SMALL = {
     "python frontier.py --grid why": "test_frontier.py",
     "python frontier.py --grid ablation": "test_frontier.py",
     "python ppo.py --reward FILE.py:function": "test_ppo.py",
+    "python ppo.py --reward gold --advantages leave-one-out --samples 4 --epochs 1": "test_ppo.py",
     "python dpo.py --pairs FILE.jsonl": ".ci/run, with the pairs that the first command wrote",
     "python preference_rl.py": "test_preference_rl.py",
     "python dagger.py --task track": "test_dagger.py",
