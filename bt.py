@@ -156,9 +156,10 @@ def fit(wins: Matrix, losses: Matrix | float = 0, ties: Matrix | float = 0, *, h
         d = full[:K, None] - full[:K] + full[K]
         left, tie, right = outcomes(d, math.exp(full[-1]))
         half = (left - right) / 2  # the expected score beyond 1/2
-        loss = -(n * np.log(np.maximum(left, right))).sum() + (n * np.abs(d)).sum() / 2 - (net * d).sum()
-        loss += (precision[:K] * full[:K] ** 2).sum() / 2 - (n_ties * full[-1] if davidson else 0)
-        G = n * half - net
+        # sum of n log Z - net d - ties log nu, where log Z = |d| / 2 - log P of the likelier side
+        loss = (n * (np.abs(d) / 2 - np.log(np.maximum(left, right))) - net * d).sum() - (n_ties * full[-1] if davidson else 0)
+        loss += (precision[:K] * full[:K] ** 2).sum() / 2
+        G = n * half - net  # the derivative in d: expected less observed score
         gradient = np.concatenate([G.sum(1) - G.sum(0) + precision[:K] * full[:K], [G.sum(), (n * tie).sum() - n_ties]])
         H = assemble(n * ((left + right) / 4 - half**2), -n * half * tie, n * tie * (1 - tie))
         return loss, gradient[fitted], H + np.diag(precision[fitted])
