@@ -18,7 +18,7 @@ follow-the-leader, which has no regret.
 
     python dagger.py                   # a bridge that can be fallen off: cost against horizon, T^2 and T; 20 s
     python dagger.py --task track      # a car on a winding road: who stays on it, and for how many labels; two minutes
-    python dagger.py --task distill    # a small GPT learns from a larger one, on its samples or its own; 5 minutes on 2 cores
+    python dagger.py --task distill    # a small GPT learns from a larger one, on its samples or its own; 7 minutes of a core
 
 bridge    M planks, one of A actions is right on each; the wrong one and you are in the water, at one of W spots, each with one
           action that brings you back. A step in the water costs 1. The expert knows all right actions and never falls. The

@@ -344,7 +344,8 @@ def compare(lines: list[dict]) -> str:
 
 
 def draw(rows: list[dict], bank: evaluate.Bank, dataset: str, folder: Path) -> None:
-    """Left: the KLs where the optimum lives. Right: all of them. Every evaluation is a point, a method's best a line."""
+    """Left: the KLs where the optimum lives. Right: all of them. Every evaluation is a point, a method's best a line; of a
+    method with one setting the end is a square."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -368,6 +369,13 @@ def draw(rows: list[dict], bank: evaluate.Bank, dataset: str, folder: Path) -> N
             points = [row for row in rows if row["method"] == method]
             axis.plot([p["kl"] for p in points], [p["reward"] for p in points], ".", color=colors[method], markersize=3,
                       alpha=0.35)
+            if len(settings) == 1:  # no best of several: where each seed went, and where they ended
+                paths = next(iter(settings.values())).values()
+                for path in paths:
+                    axis.plot([p["kl"] for p in path], [p["reward"] for p in path], color=colors[method], linewidth=0.6)
+                (x, dx), (y, dy) = (mean_se([path[-1][name] for path in paths]) for name in ("kl", "reward"))
+                axis.errorbar(x, y, dy, dx, "s", color=colors[method], markersize=7, markeredgecolor="black", label=method)
+                continue
             grid = [limit * i / 100 for i in range(101)]
             line = [(kl, *found[:2]) for kl in grid if (found := best_at(settings, kl))]
             if line:
