@@ -10,8 +10,9 @@
 Reads   data/<dataset>/prepared/ (made if it is missing); --on chosen: the pairs of the runs folder, or --pairs FILE
 Writes  runs/<dataset>/sft/ : config.json, log.jsonl, model.pt, tokenizer.tiktoken
 
-A document is <bos> tokens <eos>, cut at block_size; a document that is cut has no <eos>. Held-out loss is in nats a
-document and in bits per byte, which compares across tokenizers.
+A document is <bos> tokens <eos>, cut at block_size; a document that is cut has no <eos>. Where a row has a "prompt" beside
+its "text" (`posts`), the document is <bos> prompt text <eos>, and the loss counts the text only. Held-out loss is in nats
+a document and in bits per byte, which compares across tokenizers.
 """
 from __future__ import annotations
 
@@ -63,6 +64,7 @@ class Config:
     PRESETS: ClassVar[dict] = {
         ("reviews", "cpu", "chosen"): dict(steps=300, lr=5e-4),  # one pass over the pairs
         ("imdb", "cpu", "chosen"): dict(steps=700, lr=3e-4),
+        ("posts", "cpu"): dict(block_size=224, steps=1000),
         ("imdb", "cpu"): dict(n_layer=4, n_head=4, n_embd=256, block_size=96, batch_size=32, steps=6500, lr=3e-3, warmup=200),
         ("imdb", "gpu"): dict(n_layer=10, n_head=8, n_embd=512, block_size=256, batch_size=256, steps=3000, lr=1.5e-3,
                               warmup=200),
@@ -85,6 +87,19 @@ def encode_documents(texts: list[str], tokenizer: Tokenizer, block_size: int) ->
     """<bos> tokens <eos>, at most block_size ids each; one that had to be cut ends without <eos>."""
     texts = [text[:block_size * 16] for text in texts]  # no need to encode what will be cut (a token has < 16 letters)
     return [([tokenizer.bos] + ids + [tokenizer.eos])[:block_size] for ids in tokenizer.encode_batch(texts)]
+
+
+def read_documents(path: Path, tokenizer: Tokenizer, block_size: int) -> tuple[list[list[int]], list[int]]:
+    """Ids of a file's documents, and how many of them are given: <bos>, and the "prompt" of a row that has one."""
+    rows = read_jsonl(path, {"text": str})
+    if bad := [row["line"] for row in rows if not isinstance(row.get("prompt", ""), str)]:
+        fail(f"{path}, line {bad[0]}: field 'prompt' is no text")
+    prompts = [[tokenizer.bos] + ids for ids in tokenizer.encode_batch([row.get("prompt", "") for row in rows])]
+    for row, prompt in zip(rows, prompts):
+        if len(prompt) >= block_size:
+            fail(f"{path}, line {row['line']}: no room for the text: prompt {len(prompt)} tokens, block size {block_size}")
+    texts = encode_documents([row["text"] for row in rows], tokenizer, block_size)
+    return [(prompt + text[1:])[:block_size] for prompt, text in zip(prompts, texts)], [len(prompt) for prompt in prompts]
 
 
 def optimizers_for(model: GPT, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
@@ -130,9 +145,8 @@ def train(config: Config) -> Path:
     block_size = min(config.block_size, model.config.block_size)
     if config.on == "documents":
         held = folder / ("valid.jsonl" if (folder / "valid.jsonl").exists() else "test.jsonl")
-        rows, held_rows = (encode_documents([row["text"] for row in read_jsonl(path, {"text": str})], tokenizer, block_size)
-                           for path in (folder / "train.jsonl", held))
-        prompts, held_prompts = [1] * len(rows), [1] * len(held_rows)  # <bos> is given, all else is predicted
+        (rows, prompts), (held_rows, held_prompts) = (read_documents(path, tokenizer, block_size)
+                                                      for path in (folder / "train.jsonl", held))
     else:
         encoded = encode_pairs(pair_rows, tokenizer, block_size, config.pairs)
         if len(encoded) < 2:
