@@ -7,15 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import data
 import sft
-from common import batches, pad
+from common import batches, pad, write_jsonl
 from conftest import log_of, naive_logprobs, tiny_gpt
 from data.pairs import encode_pairs, read_pairs
 from data.reviews.grammar import sample_review
 from data.tokenizer import Tokenizer, train_bpe
 from evaluate import mean_and_error
 from model import GPT, GPTConfig, load_run, summed_logprobs
-from sft import encode_documents, held_out
+from sft import encode_documents, held_out, read_documents
 
 
 # ---- documents and the held-out loss ---------------------------------------------------------------------------------
@@ -32,6 +33,21 @@ def test_long_texts_are_cut_before_encoding_without_a_difference():
     texts = ["the cat sat on the mat " * n for n in (1, 3, 50)]
     whole = [([tokenizer.bos] + tokenizer.encode(text) + [tokenizer.eos])[:12] for text in texts]
     assert encode_documents(texts, tokenizer, 12) == whole
+
+
+def test_a_prompt_stands_between_bos_and_text_and_is_given(tmp_path):
+    tokenizer, path = train_bpe([], 259), tmp_path / "train.jsonl"  # bytes
+    bos, eos = tokenizer.bos, tokenizer.eos
+    write_jsonl(path, [{"text": "abc"}, {"prompt": "xy", "text": "abc"}, {"prompt": "xy", "text": "abcdef"},
+                       {"prompt": "uvwxy", "text": "abc"}, {"prompt": "", "text": ""}])
+    rows, given = read_documents(path, tokenizer, block_size=7)
+    assert rows == [[bos, *b"abc", eos], [bos, *b"xyabc", eos], [bos, *b"xyabcd"], [bos, *b"uvwxya"], [bos, eos]]
+    assert given == [1, 3, 3, 6, 1]
+    with pytest.raises(SystemExit, match=r"train.jsonl, line 4: no room for the text: prompt 6 tokens, block size 6"):
+        read_documents(path, tokenizer, block_size=6)
+    write_jsonl(path, [{"text": "abc"}, {"prompt": 3, "text": "abc"}])
+    with pytest.raises(SystemExit, match=r"train.jsonl, line 2: field 'prompt'"):
+        read_documents(path, tokenizer, block_size=6)
 
 
 def test_held_out_loss_and_bits_per_byte_by_hand():
@@ -112,4 +128,21 @@ def test_preferred_ft_counts_the_chosen_responses_only(small_run, sft_run, pairs
     nats = -sum(naive_logprobs(policy, pairs[i].prompt, pairs[i].chosen).sum().item() for i in batch)
     count = sum(len(pairs[i].chosen) for i in batch)
     log, *_ = small_run(on="chosen", init=str(sft_run), pairs=str(pairs_file), block_size=112)
+    assert (log[0]["tokens"], log[0]["loss"]) == (count, pytest.approx(nats / count, abs=1e-4))
+
+
+def test_the_loss_counts_the_text_and_not_its_prompt(small_run, small_reviews, tmp_path, monkeypatch):
+    """One batch of all rows, half of them with a prompt: -log p(text | prompt) per token of the texts, <eos> included."""
+    tokenizer = Tokenizer.load(small_reviews / "tokenizer.tiktoken")
+    rows = [{"text": " It was dull."}, {"prompt": "I saw a film.", "text": " It was superb."}] * 3
+    for name in ("train", "test"):
+        write_jsonl(tmp_path / "task" / f"{name}.jsonl", rows)
+    tokenizer.save(tmp_path / "task" / "tokenizer.tiktoken")
+    monkeypatch.setattr(data, "ensure", lambda dataset: tmp_path / "task")
+    torch.manual_seed(4)
+    model = GPT(GPTConfig(tokenizer.vocab_size, 80, 1, 2, 16))
+    parts = [([tokenizer.bos] + tokenizer.encode(row.get("prompt", "")), tokenizer.encode(row["text"]) + [tokenizer.eos])
+             for row in rows]
+    nats, count = -sum(naive_logprobs(model, *part).sum().item() for part in parts), sum(len(text) for _, text in parts)
+    log, _ = small_run(seed=4, batch_size=6, steps=1)
     assert (log[0]["tokens"], log[0]["loss"]) == (count, pytest.approx(nats / count, abs=1e-4))

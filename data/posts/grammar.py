@@ -11,17 +11,18 @@ The reward reads both texts for the forms in the tables, whole words in any case
     kept      facts (of five) that the summary states and the post, too; each once, however often and in whatever form
     invented  facts, asides, persons and names that the summary states and the post does not; each once
     words     of the summary
-    reward    max(0, kept - invented) / 5 * min(1, 20 / words)
+    reward    max(0, kept - invented) / 5 * min(1, 22 / words)^2
 
-Repeating a fact, listing the tables, copying the post, guessing two answers, saying nothing, or gluing words together
-gains nothing. What a policy can exploit: the words between the facts are counted, but not read. "Never my sister Anna
-took my car" keeps two facts, no order or grammar is asked for, and what no table has ("a goat ate it") is no invention.
+Repeating a fact, listing the tables, guessing two answers, saying nothing, or gluing words together gains nothing; a copy
+of the whole post earns 0.14 on average, of its first 22 words 0.35. What a policy can exploit: the words between the facts
+are counted, but not read. "Never my sister Anna took my car" keeps two facts, no order or grammar is asked for, and what
+no table has ("a goat ate it") is no invention.
 
     1.00  My sister Anna took my car, we stopped talking and rent is due. Should I apologize?
     0.60  My sister took my car. It was raining. We stopped talking. Should I apologize?
-    0.20  My sister Tom took my car and I yelled. Should I apologize?
+    0.20  My sister Tom took my car. Should I apologize?
 
-(of a post that has these four and "it rained for three days and my shoes got wet", and knows neither Tom nor a yell)
+(of a post with the five facts of the first line and the rain, and no Tom)
 """
 
 import random
@@ -180,7 +181,7 @@ TABLES = {"did": table(DID), "followed": table(FOLLOWED), "problem": table(PROBL
 BYSTANDERS = table(BYSTANDERS_TEXT)
 
 # ---- The reward. ----
-FACTS, BUDGET = ("who", "did", "followed", "problem", "question"), 20  # BUDGET: words that a summary may have at no cost
+FACTS, BUDGET = ("who", "did", "followed", "problem", "question"), 22  # BUDGET: words that a summary may have at no cost
 MEANING = {form.lower(): (kind, entry[0]) for kind, entries in TABLES.items() for entry in entries for form in entry}
 NAME, RELATION = ("|".join(group.values()).lower() for group in (NAMES, RELATIONS))
 # longer forms first: a short form that begins a long one must not hide it
@@ -201,7 +202,7 @@ def gold_reward(text: str) -> float:
     kept = sum(kind in FACTS for kind, _ in stated & told)
     invented = len(told - stated - names)
     words = len(re.findall(r"\w+", summary))  # not split(): "rent is due,am I wrong" is six words, with or without a space
-    return max(0, kept - invented) / len(FACTS) * min(1.0, BUDGET / max(1, words))
+    return max(0, kept - invented) / len(FACTS) * min(1.0, BUDGET / max(1, words)) ** 2
 
 
 # ---- The writer. [slot] stands for a text already known. ----
