@@ -78,7 +78,7 @@ class Config:
         require(self.loss == "dpo" or not self.label_smoothing, "--label-smoothing: needs --loss dpo")
         require(self.loss == "unlikelihood" or self.alpha == Config.alpha, "--alpha: needs --loss unlikelihood")
         require(not (self.prompts and self.pairs), "--prompts: not with --pairs")
-        labels = "-own" if self.pairs else "-argmax" if self.labels == "argmax" and self.dataset == "reviews" else ""
+        labels = "-own" if self.pairs else "-argmax" if self.labels == "argmax" and self.dataset != "imdb" else ""
         labels += f"-{self.prompts}" if self.prompts else ""
         weight = f"beta{self.beta:g}" if self.loss == "dpo" else f"alpha{self.alpha:g}"
         self.out = self.out or str(base / f"{self.loss}{labels}-{weight}-seed{self.seed}")
