@@ -67,7 +67,8 @@ class Config:
     checkpoint_every: float = 60.0  # seconds between checkpoints
     resume: bool = False  # go on from the last checkpoint
 
-    PRESETS: ClassVar[dict] = {("imdb", "cpu"): dict(labels="argmax", lr=3e-5, warmup=50),
+    PRESETS: ClassVar[dict] = {("posts", "cpu"): dict(lr=5e-5),
+                               ("imdb", "cpu"): dict(labels="argmax", lr=3e-5, warmup=50),
                                ("imdb", "gpu"): dict(labels="argmax", lr=5e-5, warmup=150, batch_size=64)}
 
     def __post_init__(self) -> None:
