@@ -89,7 +89,8 @@ class Config:
     checkpoint_every: float = 60.0  # seconds between checkpoints
     resume: bool = False  # go on from the last checkpoint
 
-    PRESETS: ClassVar[dict] = {("imdb", "cpu"): dict(lr=1e-4, batch_size=128, steps=60),
+    PRESETS: ClassVar[dict] = {("posts", "cpu"): dict(lr=2e-4, batch_size=128),
+                               ("imdb", "cpu"): dict(lr=1e-4, batch_size=128, steps=60),
                                ("imdb", "gpu"): dict(lr=5e-5, batch_size=512, steps=200)}
 
     def __post_init__(self) -> None:

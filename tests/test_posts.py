@@ -127,7 +127,7 @@ def test_names_alone_earn_a_fifth(posts):
     assert max(gold_reward(post + " " + ", ".join(names)) for (post, _), names in zip(posts, people)) == pytest.approx(1 / 5)
 
 
-def test_copying_the_post_earns_less_than_any_policy_needs(posts):
+def test_copying_the_post_earns_little(posts):
     """The whole of it keeps all five facts, in far too many words; its first words have two facts or so."""
     bodies = [post.split("POST: ")[1].removesuffix("\n\nTL;DR:") for post, _ in posts]
     assert mean(gold_reward(post + " " + body) for (post, _), body in zip(posts, bodies)) < 0.2

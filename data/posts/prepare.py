@@ -1,6 +1,6 @@
 """Prepare `posts`: forum posts with summaries, written by the grammar in grammar.py. No download, the same files anywhere.
 
-    python data/posts/prepare.py        # 10 seconds; dpo.py calls it when the folder is missing
+    python data/posts/prepare.py        # 5 seconds; dpo.py calls it when the folder is missing
 
 Written to data/posts/prepared/:
     train.jsonl          20,000 rows {"prompt", "text"}: a post and its reference summary; the loss counts the summary
