@@ -109,7 +109,7 @@ def refused(root, work):
     (["--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
     (["--seed"], "argument --seed: expected one argument"),
     (["--preset", "gpu"], "there is no such preset for --dataset reviews (known: imdb cpu, imdb gpu)"),
-    (["--dataset", "nope"], "--dataset nope: there is no data/nope/prepare.py (known: imdb, reviews)"),
+    (["--dataset", "nope"], "--dataset nope: there is no data/nope/prepare.py (known: imdb, posts, reviews)"),
     (["--out", "a file"], "a file: cannot be written ("),
     (["--out", "a file/below"], "a file/below: cannot be written ("),
     (["--out", "a file/far/below"], "is not a folder)"),

@@ -8,8 +8,10 @@ import time
 
 import pytest
 
+import clone
 import data
 import sft
+from common import read_json, read_jsonl, write_jsonl
 from data.posts import grammar, prepare
 from data.posts.grammar import BUDGET, FACTS, TABLES, gold_reward, read_facts, sample_post
 from data.tokenizer import Tokenizer, train_bpe
@@ -230,3 +232,33 @@ def test_prepare_is_deterministic_and_leaks_nothing(tmp_path, monkeypatch):
     assert tokenizer.decode(tokenizer.encode(POST)) == POST
     digest = hashlib.sha256((tmp_path / "b" / "train.jsonl").read_bytes()).hexdigest()
     assert digest == metas[0]["sha256"]["train.jsonl"]
+
+
+def test_the_pipeline_runs_on_posts(tmp_path):
+    """SFT, pairs, DPO and PPO as for any other task, on a small data set: the responses are scored as the grammar says."""
+    root, folder = clone.make(tmp_path / "clone"), tmp_path / "clone/data/posts/prepared"
+    rng = random.Random(3)
+    posts = [sample_post(rng) for _ in range(80)]
+
+    def write(folder):
+        train_bpe([post + summary for post, summary in posts], 500).save(folder / "tokenizer.tiktoken")
+        rows = [{"prompt": post, "text": summary} for post, summary in posts]
+        for name, part in {"train": rows[:60], "test": rows[60:70], "prompts_train": rows[:12],
+                           "prompts_test": rows[70:74]}.items():
+            write_jsonl(folder / f"{name}.jsonl", part)
+        return {}
+
+    data.publish(folder, "posts", write)
+    runs, task = tmp_path / "runs/posts", ["--dataset", "posts"]
+    assert clone.run_here(root, tmp_path, "sft", *task, *clone.TINY, "--block-size", "288") == 0
+    assert clone.run_here(root, tmp_path, "dpo", *task, "--sft", "runs/posts/sft", "--prompts", "10", "--batch-size", "8") == 0
+    assert clone.run_here(root, tmp_path, "ppo", *task, "--sft", "runs/posts/sft", "--reward", "gold", "--steps", "1",
+                          "--batch-size", "8") == 0
+    pairs = read_jsonl(runs / "pairs-bt-10/pairs.jsonl", {"prompt": str, "chosen": str, "rejected": str})
+    assert {pair["prompt"] for pair in pairs} <= {post for post, _ in posts[:12]}
+    for pair in pairs:
+        for kind in ("chosen", "rejected"):
+            assert pair[f"{kind}_reward"] == pytest.approx(gold_reward(pair["prompt"] + pair[kind]), abs=1e-4)
+    for run in ("dpo-10-beta0.1-seed0", "ppo-gt-beta0.1-seed0"):
+        table = read_json(runs / run / "evaluation.json")["table"]
+        assert 0 <= table["SFT"]["reward"] <= 1 and len(table) > 3
