@@ -10,7 +10,7 @@ The response is an episode, each token an action. The KL is paid token by token,
 
 Its optimum is the same as DPO's: pi_ref(y|x) exp(r(x, y) / beta) / Z(x), Eq. 4 of the DPO paper.
 
-    python ppo.py                                # on a reward model trained on the pairs; 4 minutes on 2 cores from nothing
+    python ppo.py                                # on a reward model trained on the pairs; 3 minutes on 2 cores from nothing
     python ppo.py --reward gold                  # PPO-GT: the task's own reward
     python ppo.py --reward FILE.py:function      # yours: function(prompts, responses), two lists of texts -> list of numbers
     python ppo.py --reward gold --target-kl 1    # beta adapts until the KL is 1 nat
