@@ -295,6 +295,19 @@ def test_cached_ragged_sampling_is_slow_sampling(temperature, chunk):
         assert any(len(r) == 1 for r in responses) and any(r[-1] != EOS for r in responses)
 
 
+def test_long_prompts_are_sampled_as_slowly_and_cost_little_padding(monkeypatch):
+    """Prompts of 1 to 60 tokens: the tokens are the slow loop's, and of the positions computed at most a quarter is waste."""
+    model, draw, computed = tiny_gpt(block_size=70), generator(1), []
+    prompts = [torch.randint(3, 11, (n,), generator=draw).tolist() for n in range(60, 0, -1)]
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda tokens, *rest: computed.append(tokens.numel()) or hidden(tokens, *rest))
+    samples = generate(model, prompts, 70, EOS, PAD, generator(5))
+    monkeypatch.undo()
+    rows = slow_generate(model, prompts, 70, 1.0, torch.rand(len(prompts), 70, generator=generator(5)))
+    assert [row[:n] for row, n in zip(samples.tokens.tolist(), samples.lengths.tolist())] == rows
+    assert sum(len(row) - 1 for row in rows) >= 0.75 * sum(computed)  # the last token of a row is never fed back
+
+
 def test_nothing_but_padding_after_the_one_eos():
     samples = generate(tiny_gpt(), PROMPTS * 10, LENGTH, EOS, pad=3, generator=generator(6))
     assert samples.tokens.shape[1] == samples.lengths.max() == LENGTH
