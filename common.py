@@ -94,7 +94,7 @@ def parse(cls: type, description: str, argv: list[str] | None = None) -> Any:
     argv = sys.argv[1:] if argv is None else argv
     sys.excepthook = _one_line_on_ctrl_c
     first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--dataset", default="reviews")
+    first.add_argument("--dataset", default=getattr(cls, "dataset", ""))
     first.add_argument("--preset", default="cpu")
     first.add_argument("--on", default="")
     chosen = vars(first.parse_known_args(argv)[0])

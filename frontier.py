@@ -5,10 +5,8 @@ exact optimum above them.
     python frontier.py                         # `reviews`: the whole grid, 3 seeds; an hour and a half on 2 cores
     python frontier.py --dataset imdb          # the paper's task; hours on a CPU, in pieces: stop it and start it again
 
-Every run is a plain command (`python dpo.py ...`), printed as it starts, in a process of its own: on a CPU one for each
-core with one thread each, which is faster than one run on all of them. A run that is finished is not run again, one that
-was stopped goes on from its checkpoint, one that was made with other settings stops the sweep and is named. Ctrl-C leaves
-table and figure of what is finished.
+Every run is a plain command (`python dpo.py ...`) in a process of its own (sweep.py). Ctrl-C leaves table and figure of what
+is finished.
 
 Every policy is evaluated along its training on held-out prompts. A method's reward at a given KL: each run's points are
 joined to a path, the path is read where it last crosses that KL, seeds are averaged, and the best setting counts; the line
@@ -20,19 +18,14 @@ Writes  runs/<dataset>/frontier/ : the runs, results.jsonl (one row an evaluatio
 """
 from __future__ import annotations
 
-import ctypes
 import math
 import os
-import shlex
-import signal
-import subprocess
 import sys
-import time
 from collections import defaultdict
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -41,11 +34,12 @@ import evaluate
 import ppo
 import reward_model
 import sft
-from common import (ROOT, atomic_write, defaults, device, fail, finished, fingerprint, parse, read_json, read_jsonl,
-                    require_numbers, runs_folder, write_jsonl)
+from common import (atomic_write, defaults, device, finished, fingerprint, parse, read_jsonl, require_numbers, runs_folder,
+                    write_jsonl)
 from data.pairs import ensure_pairs
 from data.tokenizer import Tokenizer
 from model import load_run
+from sweep import Planned, mean_se, run_all
 
 # steps between evaluations: (imdb or not, script)
 EVERY = {(False, "sft"): 25, (False, "dpo"): 25, (False, "ppo"): 5, (True, "sft"): 100, (True, "dpo"): 100, (True, "ppo"): 10}
@@ -113,25 +107,6 @@ ABLATION = {
 GRIDS = {"paper": PAPER, "why": WHY, "ablation": ABLATION}
 
 
-class Planned(NamedTuple):
-    method: str
-    setting: str  # "beta 0.1"
-    seed: int
-    script: str
-    config: Any  # the script's Config
-
-    def command(self) -> list[str]:
-        """What a user would type: the settings that differ from the defaults of this dataset and preset."""
-        on = {"on": self.config.on} if hasattr(self.config, "on") else {}
-        default, flags = defaults(type(self.config), self.config.dataset, self.config.preset, **on), []
-        for field in fields(self.config):
-            value = getattr(self.config, field.name)
-            named = field.name in ("on", "out", "dataset", "preset")  # the default depends on these, or is made of others
-            if value != (field.default if named else getattr(default, field.name)):
-                flags += ["--" + field.name.replace("_", "-")] + ([] if value is True else [str(value)])
-        return [f"{self.script}.py", *flags]
-
-
 def plan(config: Config, base: Path) -> list[Planned]:
     """Every run of the sweep, in an order that can be stopped anywhere: the first seed first, of it what --quick runs, and
     then a setting of each method in turn."""
@@ -159,59 +134,6 @@ def plan(config: Config, base: Path) -> list[Planned]:
     return planned
 
 
-def die_with_parent() -> None:
-    """In a child, on Linux: a sweep that is killed must not leave runs behind that its next start would run into."""
-    try:
-        ctypes.CDLL("libc.so.6").prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    except (OSError, AttributeError):
-        pass
-
-
-def is_there(run: Planned, weights: str) -> bool:
-    """Whether the run is finished. One with other settings, or from another SFT policy, stops the sweep before it starts."""
-    path = Path(run.config.out) / "config.json"
-    built_from = read_json(path)["built_from"] if path.exists() else {"sft": weights}
-    if built_from.get("sft", built_from.get("init")) != weights:
-        fail(f"{path.parent} was made from another SFT policy: delete it")
-    return finished(run.config)
-
-
-def run_all(planned: list[Planned], workers: int, folder: Path, weights: str) -> None:
-    """Run what is not finished, `workers` at a time. Ctrl-C lets every run write its checkpoint first."""
-    left = [p for p in planned if not is_there(p, weights)]
-    threads = 1 if device().type == "cpu" and workers > 1 else torch.get_num_threads()
-    running: dict[subprocess.Popen, tuple[Planned, Path]] = {}
-    started, total = time.time(), len(left)
-    print(f"{len(planned)} runs, {len(planned) - total} of them there; {workers} at a time")
-    try:
-        while left or running:
-            while left and len(running) < workers:
-                run, output = left[0], folder / "output" / f"{Path(left[0].config.out).name}.txt"
-                output.parent.mkdir(parents=True, exist_ok=True)
-                print(f"[{len(planned) - len(left) + 1}/{len(planned)}, {(time.time() - started) / 60:.0f} min] python "
-                      + shlex.join(run.command()), flush=True)
-                with open(output, "wb") as file:
-                    process = subprocess.Popen([sys.executable, ROOT / run.command()[0], *run.command()[1:]], stdout=file,
-                                               stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-                                               env={**os.environ, "OMP_NUM_THREADS": str(threads)}, preexec_fn=die_with_parent)
-                running[process] = left.pop(0), output
-            time.sleep(0.2)
-            for process in [p for p in running if p.poll() is not None]:
-                run, output = running.pop(process)
-                if process.returncode:
-                    lines = output.read_text(errors="replace").replace("\r", "\n").strip().splitlines()
-                    said = lines[-1] if lines else f"exit status {process.returncode}"
-                    fail(f"python {shlex.join(run.command())}: {said} (all of it: {output})")
-    finally:  # a run that failed, or Ctrl-C: the others write their checkpoints and stop
-        for process in running:
-            process.send_signal(signal.SIGINT)
-        for process in running:
-            try:
-                process.wait(timeout=60)
-            except subprocess.TimeoutExpired:  # a shell may have told it to ignore Ctrl-C; its last checkpoint is there
-                process.kill()
-
-
 # ---- what came of it ---------------------------------------------------------------------------------------------------
 
 def collect(planned: list[Planned]) -> list[dict]:
@@ -234,12 +156,6 @@ def reward_at(path: list[dict], kl: float) -> float | None:
         if min(a["kl"], b["kl"]) <= kl <= max(a["kl"], b["kl"]) and a["kl"] != b["kl"]:
             return a["reward"] + (b["reward"] - a["reward"]) * (kl - a["kl"]) / (b["kl"] - a["kl"])
     return None
-
-
-def mean_se(values: list[float]) -> tuple[float, float]:
-    """Mean and standard error over seeds; one seed has no error."""
-    x = torch.tensor(values, dtype=torch.float64)
-    return x.mean().item(), (x.std() / math.sqrt(len(x))).item() if len(x) > 1 else math.nan
 
 
 def best_at(runs: dict[str, dict[int, list[dict]]], kl: float) -> tuple[float, float, str] | None:

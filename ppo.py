@@ -194,36 +194,37 @@ def response_values(model: ScalarModel, tokens: torch.Tensor, prompt_lengths: to
 Scorer = Callable[[Samples, list[str], list[str]], torch.Tensor]  # samples, texts of prompts and responses -> (B,) scores
 
 
-def user_reward(name: str) -> evaluate.GoldReward:
-    """FILE.py:function as a reward; a result that is not one finite number a response stops with one line."""
+def user_function(name: str, flag: str = "--reward") -> Callable[..., torch.Tensor]:
+    """FILE.py:function, called with lists of texts; a result that is not one finite number a text stops with one line."""
     path, _, attribute = name.rpartition(":")
     if not path.endswith(".py") or not Path(path).is_file():
-        fail(f"--reward {name}: expected model, gold, the folder of a reward model's run, or FILE.py:function")
-    spec = importlib.util.spec_from_file_location("user_reward", path)
+        fail(f"{flag} {name}: expected "
+             + ("model, gold, the folder of a reward model's run, or " if flag == "--reward" else "") + "FILE.py:function")
+    spec = importlib.util.spec_from_file_location("user_function", path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        fail(f"--reward {name}: {path} cannot be loaded ({type(error).__name__}: {error})")
+        fail(f"{flag} {name}: {path} cannot be loaded ({type(error).__name__}: {error})")
     function = getattr(module, attribute, None)
     if not callable(function):
-        fail(f"--reward {name}: {path} has no function {attribute!r}")
+        fail(f"{flag} {name}: {path} has no function {attribute!r}")
 
-    def reward(prompts: list[str], responses: list[str]) -> torch.Tensor:
+    def checked(*texts: list[str]) -> torch.Tensor:
         try:
-            values = function(prompts, responses)
+            values = function(*texts)
             values = list(values.tolist() if hasattr(values, "tolist") else values)
         except Exception as error:
             at = traceback.extract_tb(error.__traceback__)[-1]
-            fail(f"--reward {name}: {type(error).__name__}: {' '.join(str(error).split())} ({at.filename}, line {at.lineno})")
-        if len(values) != len(responses):
-            fail(f"--reward {name}: returned {len(values)} numbers for {len(responses)} responses")
+            fail(f"{flag} {name}: {type(error).__name__}: {' '.join(str(error).split())} ({at.filename}, line {at.lineno})")
+        if len(values) != len(texts[-1]):
+            fail(f"{flag} {name}: returned {len(values)} numbers for {len(texts[-1])} responses")
         for i, value in enumerate(values):
             if isinstance(value, bool) or not isinstance(value, numbers.Real) or not torch.tensor(float(value)).isfinite():
-                fail(f"--reward {name}: returned {value!r} for response {i} ({responses[i][:40]!r}), expected a finite number")
+                fail(f"{flag} {name}: returned {value!r} for response {i} ({texts[-1][i][:40]!r}), expected a finite number")
         return torch.tensor(values, dtype=torch.float32)
 
-    return reward
+    return checked
 
 
 def learned_reward(config: Config) -> Path:
@@ -248,7 +249,7 @@ def find_reward(config: Config, gold: evaluate.GoldReward, task: dict,
         def score(samples: Samples, prompts: list[str], responses: list[str]) -> torch.Tensor:
             return reward_model.all_scores(model, samples.tokens, samples.lengths, config.dtype)
         return score, model, fingerprint(model.state_dict())
-    user = user_reward(config.reward)
+    user = user_function(config.reward)
     return lambda samples, prompts, responses: user(prompts, responses), None, sha256(config.reward.rpartition(":")[0])
 
 
@@ -258,7 +259,7 @@ def train(config: Config) -> Path:
     check_folder(config)
     if config.reward not in ("model", "gold") and not Path(config.reward).is_dir():
         tried = [row["prompt"] for row in read_jsonl(data.ensure(config.dataset) / "prompts_train.jsonl", {"prompt": str})][:2]
-        user_reward(config.reward)(tried, [" a response"] * len(tried))  # before an hour of training
+        user_function(config.reward)(tried, [" a response"] * len(tried))  # before an hour of training
     sft_folder = sft.ensure(config.sft, config.dataset, config.preset, config.dtype)
     base = sft_folder.parent
     ref, meta = load_run(sft_folder)

@@ -64,6 +64,7 @@ class Config:
     PRESETS: ClassVar[dict] = {
         ("reviews", "cpu", "chosen"): dict(steps=300, lr=5e-4),  # one pass over the pairs
         ("imdb", "cpu", "chosen"): dict(steps=700, lr=3e-4),
+        ("posts", "cpu", "chosen"): dict(steps=280, lr=5e-4),  # one pass over the pairs
         ("posts", "cpu"): dict(block_size=224, steps=1000),  # 3.5 minutes on one core
         ("imdb", "cpu"): dict(n_layer=4, n_head=4, n_embd=256, block_size=96, batch_size=32, steps=6500, lr=3e-3, warmup=200),
         ("imdb", "gpu"): dict(n_layer=10, n_head=8, n_embd=512, block_size=256, batch_size=256, steps=3000, lr=1.5e-3,

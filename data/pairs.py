@@ -123,7 +123,8 @@ SEED = 1000  # of the samples and labels
 
 
 def sampled_responses(model: GPT, tokenizer: Tokenizer, prompts: list[str], samples: int, seed: int, dtype: str = "auto",
-                      max_length: int = 0, description: str = "sampling") -> tuple[list[Samples], list[str]]:
+                      max_length: int = 0, temperature: float = 1.0,
+                      description: str = "sampling") -> tuple[list[Samples], list[str]]:
     """`samples` responses to every prompt, row after row, as ids (with log-probabilities) and as text."""
     ids = [[tokenizer.bos] + row for row in tokenizer.encode_batch(prompts) for _ in range(samples)]
     draw, parts = generator(seed), []
@@ -131,7 +132,7 @@ def sampled_responses(model: GPT, tokenizer: Tokenizer, prompts: list[str], samp
         for start in range(0, len(ids), 1024):
             with autocast(dtype):
                 parts.append(generate(model, ids[start:start + 1024], max_length or model.config.block_size, tokenizer.eos,
-                                      tokenizer.pad, draw, return_logprobs=True))
+                                      tokenizer.pad, draw, temperature, return_logprobs=True))
             bar.update(len(parts[-1].tokens))
     texts = [tokenizer.decode(row[p:n]) for part in parts
              for row, p, n in zip(part.tokens.tolist(), part.prompt_lengths.tolist(), part.lengths.tolist())]

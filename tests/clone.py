@@ -86,7 +86,7 @@ def run_here(root: Path, cwd: Path, script: str, *argv: str) -> int | str | None
                 module.main([*map(str, argv)])
             else:
                 config = common.parse(module.Config, module.__doc__, [*map(str, argv)])
-                module.main(config) if script == "frontier" else module.train(config)
+                module.main(config) if hasattr(module, "main") else module.train(config)
         except SystemExit as stop:
             return stop.code
     return 0

@@ -383,7 +383,7 @@ def own(folder: Path, body: str) -> str:
                                   "return torch.tensor([1.0, -0.5]).numpy()", "return list(torch.tensor([1.0, -0.5]).numpy())",
                                   "return (x for x in (1, -0.5))"])
 def test_what_a_reward_may_return(body, tmp_path):
-    reward = ppo.user_reward(own(tmp_path, body))(["a", "b"], ["c", "d"])
+    reward = ppo.user_function(own(tmp_path, body))(["a", "b"], ["c", "d"])
     assert reward.tolist() == [1, -0.5] and reward.dtype == torch.float32
 
 
@@ -404,7 +404,7 @@ def test_a_reward_that_returns_no_numbers(body, tmp_path):
     """One line says what came back, or what was raised and where. True is no number."""
     name = own(tmp_path, body)
     with pytest.raises(SystemExit) as stop:
-        ppo.user_reward(name)(["a", "b"], ["c", "d"])
+        ppo.user_function(name)(["a", "b"], ["c", "d"])
     said = str(stop.value)
     assert said.startswith(f"error: --reward {name}: ") and "\n" not in said, said
     assert BAD_RETURNS[body].replace("{file}", str(tmp_path / "own.py")) in said.removeprefix(f"error: --reward {name}"), said

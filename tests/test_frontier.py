@@ -20,9 +20,11 @@ import dpo
 import evaluate
 import frontier
 import ppo
+import sweep
 from clone import root  # noqa: F401  (a fixture)
 from common import parse, read_jsonl
-from frontier import Planned, best_at, by_run, markdown, mean_se, plan, reward_at, table
+from frontier import best_at, by_run, markdown, plan, reward_at, table
+from sweep import Planned, mean_se
 from test_faults import messages, tree, wait_for
 
 
@@ -231,14 +233,14 @@ time.sleep(60 if seed == "0" else 0.3)
 def stubs(tmp_path, monkeypatch):
     """stubs(*seeds): runs of a script that takes no time to start. Seed 0 takes for ever, seed 1 fails, the others end."""
     (tmp_path / "stub.py").write_text(STUB)
-    monkeypatch.setattr(frontier, "ROOT", tmp_path)
+    monkeypatch.setattr(sweep, "ROOT", tmp_path)
     return lambda *seeds: [Planned("DPO", "x", seed, "stub", dpo.Config(out=str(tmp_path / f"runs/{seed}"), seed=seed))
                            for seed in seeds]
 
 
 def test_as_many_runs_at_a_time_as_there_are_workers(stubs, tmp_path, capsys):
     """Two of five at a time, with one thread each; every command is printed, and what a run prints is in a file."""
-    frontier.run_all(stubs(2, 3, 4, 5, 6), 2, tmp_path, "")
+    sweep.run_all(stubs(2, 3, 4, 5, 6), 2, tmp_path, "")
     times = sorted((p.stat().st_mtime_ns, 1 if p.name == "began" else -1) for p in tmp_path.glob("runs/*/*"))
     running = [sum(change for _, change in times[:i + 1]) for i in range(len(times))]
     assert len(times) == 10 and max(running) == 2 and running[-1] == 0
@@ -251,7 +253,7 @@ def test_as_many_runs_at_a_time_as_there_are_workers(stubs, tmp_path, capsys):
 def test_a_run_that_fails_stops_the_sweep_in_one_line(stubs, tmp_path):
     """With the command and the last line that it said; the run beside it may save itself first, the next is not begun."""
     with pytest.raises(SystemExit) as stop:
-        frontier.run_all(stubs(0, 1, 2), 2, tmp_path, "")
+        sweep.run_all(stubs(0, 1, 2), 2, tmp_path, "")
     assert str(stop.value) == (f"error: python stub.py --out {tmp_path / 'runs/1'} --seed 1: error: it is broken "
                                f"(all of it: {tmp_path / 'output/1.txt'})")
     assert sorted(os.listdir(tmp_path / "runs/0")) == ["began", "stopped"] and not (tmp_path / "runs/2").exists()
@@ -294,10 +296,10 @@ def nothing(*_, **__):
     pytest.fail("a run was started")
 
 
-def sweep(root: Path, cwd: Path, popen=Here) -> int | str | None:
+def run_sweep(root: Path, cwd: Path, popen=Here) -> int | str | None:
     """The sweep of SMALL in this process; 0, or the message that it stops with."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(frontier, "ROOT", root)
+        patch.setattr(sweep, "ROOT", root)
         patch.setattr(subprocess, "Popen", popen)
         patch.setattr(time, "sleep", lambda _: None)
         patch.setattr(dpo, "draw", lambda *_: None)  # a second of matplotlib each
@@ -313,7 +315,7 @@ def alone(root, tmp_path_factory) -> Path:
     """A working folder with an SFT policy, all that the runs share, and a sweep that nothing disturbed."""
     cwd = tmp_path_factory.mktemp("alone")
     assert clone.run_here(root, cwd, "sft", *clone.TINY) == 0
-    assert sweep(root, cwd) == 0
+    assert run_sweep(root, cwd) == 0
     return cwd
 
 
@@ -353,7 +355,7 @@ def test_what_is_finished_is_not_run_again(root, alone):
     made = ("results.jsonl", "table.md", "frontier.png", "frontier.svg")
     rest = lambda: {name: file for name, file in tree(alone).items() if not name.endswith(made)}  # noqa: E731
     before, rows, text = rest(), results(alone), (alone / SWEPT / "table.md").read_bytes()
-    assert sweep(root, alone, popen=nothing) == 0
+    assert run_sweep(root, alone, popen=nothing) == 0
     assert (rest(), results(alone), (alone / SWEPT / "table.md").read_bytes()) == (before, rows, text)
 
 
@@ -368,7 +370,7 @@ def test_runs_of_other_settings_or_of_another_policy_stop_the_sweep(root, alone,
         if "batch_size" in changed:
             shutil.rmtree(next((fresh / SWEPT).glob("unlikelihood*")))
         before = tree(fresh / SWEPT)
-        said = sweep(root, fresh, popen=nothing)
+        said = run_sweep(root, fresh, popen=nothing)
         assert isinstance(said, str) and said.startswith(expected) and "\n" not in said
         assert tree(fresh / SWEPT) == before
 

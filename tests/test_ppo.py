@@ -25,7 +25,7 @@ import reward_model
 from conftest import every_response, log_of, naive_logprobs, tiny_gpt
 from data.tokenizer import Tokenizer, train_bpe
 from model import GPTConfig, ScalarModel, load_run
-from ppo import (adapted, compute_gae, compute_rewards, leave_one_out, policy_loss, response_values, user_reward, value_loss,
+from ppo import (adapted, compute_gae, compute_rewards, leave_one_out, policy_loss, response_values, user_function, value_loss,
                  whiten)
 
 both = pytest.mark.parametrize("advantages", ["gae", "leave-one-out"])
@@ -325,7 +325,7 @@ def rows_of(samples) -> list[tuple[list[int], list[int]]]:
 def worlds(work, *networks) -> list[tuple[torch.Tensor, ...]]:
     """Of each prompt: log pi of every response by each network of at most 4 tokens, and its reward. A prompt of one letter has
     1 + 258 * 259 responses, one of two letters 259."""
-    tokenizer, reward = Tokenizer.load(work / "short/sft/tokenizer.tiktoken"), user_reward(f"{work / 'rewards.py'}:letters")
+    tokenizer, reward = Tokenizer.load(work / "short/sft/tokenizer.tiktoken"), user_function(f"{work / 'rewards.py'}:letters")
     not_eos, found = [v for v in range(259) if v != tokenizer.eos], []
 
     def logprobs(model, prompt):
@@ -437,7 +437,7 @@ def test_what_is_logged_is_a_mean_over_responses_or_over_tokens(small_run, seen,
     flat = lambda x: [number for numbers in per_token(x) for number in numbers]  # noqa: E731
     kl = [sum(a) - sum(b) for a, b in zip(per_token(old), per_token(ref))]
     texts = [tokenizer.decode(response) for _, response in samples]
-    raw = user_reward(f"{toy[1] / 'rewards.py'}:letters")([tokenizer.decode(prompt) for prompt, _ in samples], texts).tolist()
+    raw = user_function(f"{toy[1] / 'rewards.py'}:letters")([tokenizer.decode(prompt) for prompt, _ in samples], texts).tolist()
     mean, var = statistics.fmean, statistics.variance
     expected = {
         "scores": mean(scores.tolist()), "raw_scores": mean(raw), "kl": mean(kl), "kl_se": math.sqrt(var(kl) / 24),
