@@ -1,7 +1,7 @@
 """How fast is a step? One JSON line each for the SFT, reward-model and DPO step, for generation, for a PPO update, for
-Bradley-Terry fits and for DAgger.
+Bradley-Terry fits and for DAgger; and what padding costs where prompts are long and of many lengths.
 
-    python bench.py                                                       # all seven, the size of the table in results/bench
+    python bench.py                                                       # all eight, the size of the table in results/bench
     python bench.py --only ppo --batch 64
     python bench.py --only dpo --layers 6 --heads 6 --embd 384 --dtype bfloat16
 
@@ -11,7 +11,8 @@ reward-model step has 2 * batch * (prompt + comp) of them, an SFT step batch * (
 ones. A PPO update samples `batch` responses, scores them, and makes four passes over them, with separate networks for
 policy, reference, reward and value; its tokens are the new ones. `peak_share` is the nominal floating-point work (the head
 counted at every position, although only responses need it) over the machine's matrix-product peak, measured here in the
-same dtype. `other_cpu` is how many cores other processes kept busy meanwhile: a line with more than 0.1 says nothing.
+same dtype. In `padding`, `real_share` is the share of the computed positions that hold a token. `other_cpu` is how many cores
+other processes kept busy meanwhile: a line with more than 0.1 says nothing.
 """
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ import torch
 
 import bt
 import dagger
-from common import adamw, autocast, device
+from common import adamw, autocast, batches, device, pad
 from dpo import dpo_loss
 from model import GPT, GPTConfig, ScalarModel, generate, response_logprobs, response_mask
 from ppo import compute_gae, compute_rewards, policy_loss, response_values, value_loss, whiten
@@ -35,10 +36,12 @@ from reward_model import reward_loss
 from sft import optimizers_for
 
 
+BENCHES = ["sft", "reward_model", "dpo", "generate", "ppo", "padding", "bt", "dagger"]
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["sft", "reward_model", "dpo", "generate", "ppo", "bt", "dagger"],
-                        help="one of the seven")
+    parser.add_argument("--only", choices=BENCHES, help="one of them")
     for name, value, text in (("layers", 4, "blocks"), ("heads", 4, "attention heads"), ("embd", 128, "channels"),
                               ("vocab", 4096, "size of the vocabulary"), ("batch", 16, "pairs, or rows"),
                               ("prompt", 16, "tokens of a prompt"), ("comp", 48, "tokens of a response"),
@@ -120,6 +123,49 @@ def imitation() -> None:
                           "threads": torch.get_num_threads()}), flush=True)
 
 
+def padding() -> None:
+    """Rows as `posts` has them: prompts of 72 to 148 tokens, responses of about 28, a GPT of 2 layers and 128 channels.
+
+    Training on batches of similar length and on random ones; sampling prompts of these lengths and of their mean length.
+    """
+    draw, eos = torch.Generator().manual_seed(0), 1023
+    model = GPT(GPTConfig(1024, 224, 2, 4, 128)).to(device())
+    with torch.no_grad():  # the same logits everywhere, which end a response with probability 1/28
+        model.ln_f.weight.zero_()
+        model.ln_f.bias.fill_(1.0)
+        model.wte.weight.zero_()[eos] = float(np.log(1023 / 27)) / 128
+    n_prompts, n_rows = torch.randint(72, 149, (4096,), generator=draw), torch.randint(12, 45, (4096,), generator=draw)
+    n_rows += n_prompts
+    tokens = pad([torch.ones(n, dtype=torch.long) for n in n_rows.tolist()], 0)[0]
+    by_length = batches(n_rows, 32, 0)
+    orders = {"similar lengths": lambda: next(by_length), "random": lambda: torch.randperm(4096, generator=draw)[:32]}
+    for name, order in orders.items():
+        real, computed = [], []
+
+        def step() -> None:
+            rows = order()
+            real.append(int(n_rows[rows].sum()))
+            computed.append(len(rows) * int(n_rows[rows].max()))
+            response_logprobs(model, *(x[rows].to(device()) for x in (tokens, n_prompts, n_rows))).sum().backward()
+        report_padding("train on batches of " + name, measure(step, 100, 5), sum(real), sum(computed), len(real))
+    for name, sizes in (("72 to 148 tokens", n_prompts[:1024]), ("110 tokens", torch.full((1024,), 110))):
+        prompts, hidden, real, computed = [[1] * n for n in sizes.tolist()], model.hidden, [], []
+        model.hidden = lambda x, *rest: computed.append(x.numel()) or hidden(x, *rest)
+
+        def sample() -> None:
+            real.append(int((generate(model, prompts, 224, eos, 0, draw).lengths - 1).sum()))
+        report_padding("sample from prompts of " + name, measure(sample, 5, 1), sum(real), sum(computed), len(real))
+        del model.hidden
+
+
+def report_padding(work: str, result: dict[str, float], real: int, computed: int, calls: int) -> None:
+    """`real` tokens among `computed` positions in all the `calls`, of which `measure` timed some."""
+    print(json.dumps({"bench": "padding", "work": work, **{k: round(v, 2) for k, v in result.items()},
+                      "real_share": round(real / computed, 3),
+                      "real_tokens_per_s": round(real / calls * 1e3 / result["ms_median"]),
+                      "threads": torch.get_num_threads(), "torch": torch.__version__}), flush=True)
+
+
 def main(a: argparse.Namespace) -> None:
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)
@@ -180,9 +226,9 @@ def main(a: argparse.Namespace) -> None:
 
     benches = {"sft": (GPT, sft_loss, 1, head), "reward_model": (ScalarModel, pairwise, 2, 0), "dpo": (GPT, dpo, 2, head)}
     units = {"dpo": "pairs_per_s", "reward_model": "pairs_per_s", "ppo": "episodes_per_s"}
-    for name in [a.only] if a.only else ["sft", "reward_model", "dpo", "generate", "ppo", "bt", "dagger"]:
-        if name in ("bt", "dagger"):
-            bradley_terry() if name == "bt" else imitation()
+    for name in [a.only] if a.only else BENCHES:
+        if name in ("padding", "bt", "dagger"):
+            {"padding": padding, "bt": bradley_terry, "dagger": imitation}[name]()
             continue
         if name == "generate":
             model, draw = GPT(config).to(device()).eval(), torch.Generator().manual_seed(0)

@@ -67,7 +67,7 @@ class Config:
     checkpoint_every: float = 60.0  # seconds between checkpoints
     resume: bool = False  # go on from the last checkpoint
 
-    PRESETS: ClassVar[dict] = {("posts", "cpu"): dict(lr=5e-5),
+    PRESETS: ClassVar[dict] = {("posts", "cpu"): dict(lr=1e-4),
                                ("imdb", "cpu"): dict(labels="argmax", lr=3e-5, warmup=50),
                                ("imdb", "gpu"): dict(labels="argmax", lr=5e-5, warmup=150, batch_size=64)}
 
