@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import lzma
 import math
 import os
 import platform
@@ -186,15 +187,16 @@ def write_jsonl(path: str | Path, rows: typing.Iterable[dict]) -> None:
 
 
 def read_jsonl(path: str | Path, fields: dict[str, type | tuple[type, ...]]) -> list[dict]:
-    """Rows of a JSON-lines file, each checked: `fields` maps the names a row must have to the types they may have.
+    """Rows of a JSON-lines file (or .xz), each checked: `fields` maps the names a row must have to the types they may have.
 
     Raises SystemExit with file, line and field: a missing file or key, a wrong type (null too), bad UTF-8 or JSON, no row.
     """
     rows = []
     try:
-        lines = Path(path).read_bytes().split(b"\n")
-    except OSError as error:
-        fail(f"{path}: cannot be read ({error.strerror})")
+        with (lzma.open if Path(path).suffix == ".xz" else open)(path, "rb") as file:
+            lines = file.read().split(b"\n")
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        fail(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
