@@ -36,7 +36,7 @@ import reward_model
 import sft
 from common import (Run, adamw, atomic_write, autocast, batches, check_folder, device, fingerprint, pad, parse,
                     require, require_numbers, runs_folder, sha256)
-from data.pairs import encode_pairs, ensure_pairs, label_scale, read_pairs
+from data.pairs import default_labels, encode_pairs, ensure_pairs, label_scale, read_pairs
 from data.tokenizer import Tokenizer
 from model import load_run, response_logprobs, summed_logprobs
 
@@ -68,6 +68,7 @@ class Config:
     resume: bool = False  # go on from the last checkpoint
 
     PRESETS: ClassVar[dict] = {("posts", "cpu"): dict(lr=1e-4),
+                               ("tldr", "cpu"): dict(labels="argmax", lr=5e-5),
                                ("imdb", "cpu"): dict(labels="argmax", lr=3e-5, warmup=50),
                                ("imdb", "gpu"): dict(labels="argmax", lr=5e-5, warmup=150, batch_size=64)}
 
@@ -79,7 +80,7 @@ class Config:
         require(self.loss == "dpo" or not self.label_smoothing, "--label-smoothing: needs --loss dpo")
         require(self.loss == "unlikelihood" or self.alpha == Config.alpha, "--alpha: needs --loss unlikelihood")
         require(not (self.prompts and self.pairs), "--prompts: not with --pairs")
-        labels = "-own" if self.pairs else "-argmax" if self.labels == "argmax" and self.dataset != "imdb" else ""
+        labels = "-own" if self.pairs else f"-{self.labels}" if self.labels != default_labels(self.dataset) else ""
         labels += f"-{self.prompts}" if self.prompts else ""
         weight = f"beta{self.beta:g}" if self.loss == "dpo" else f"alpha{self.alpha:g}"
         self.out = self.out or str(base / f"{self.loss}{labels}-{weight}-seed{self.seed}")

@@ -4,6 +4,7 @@
 
     python sft.py                          # `reviews`: half a minute on 2 cores; the loss nears the grammar's entropy
     python sft.py --dataset imdb           # about an hour on 2 cores; 1.46 bits per byte
+    python sft.py --dataset tldr           # after `--on pretrain`, on all posts there are, from which it starts
     python sft.py --on chosen              # Preferred-FT (Rafailov et al. 2023, section 6): the same loss on the chosen
                                            # responses of the pairs, log pi(chosen | prompt), from the SFT policy
 
@@ -29,7 +30,7 @@ import data
 import evaluate
 from common import (Run, autocast, batches, check_folder, defaults, device, fail, fingerprint, finished, pad, parse,
                     read_jsonl, require, require_numbers, runs_folder, sha256, warmup_cosine)
-from data.pairs import encode_pairs, read_pairs
+from data.pairs import default_labels, encode_pairs, read_pairs
 from data.tokenizer import Tokenizer
 from model import GPT, GPTConfig, GPT2_NAMES, from_pretrained, load_run, pretrained_folder, response_logprobs, summed_logprobs
 
@@ -38,11 +39,11 @@ from model import GPT, GPTConfig, GPT2_NAMES, from_pretrained, load_run, pretrai
 class Config:
     dataset: str = "reviews"  # a folder of data/
     preset: str = "cpu"  # defaults for a machine: cpu, or gpu (imdb)
-    on: Literal["documents", "chosen"] = "documents"  # chosen = Preferred-FT
-    init: str = ""  # start from a finished run, a GPT-2 name (gpt2, gpt2-medium, ...) or a GPT-2 checkpoint folder;
-    # its size then wins over --n-layer, --n-head and --n-embd
+    on: Literal["documents", "chosen", "pretrain"] = "documents"  # chosen = Preferred-FT; pretrain (tldr) = pretrain.jsonl
+    init: str = ""  # start from a finished run (tldr: runs/tldr/pretrained), a GPT-2 name (gpt2, gpt2-medium, ...) or a
+    # GPT-2 checkpoint folder; its size then wins over --n-layer, --n-head and --n-embd
     pairs: str = ""  # --on chosen: the pairs file, if not the one in the runs folder
-    out: str = ""  # run folder, if not runs/<dataset>/sft (or preferred-ft)
+    out: str = ""  # run folder, if not runs/<dataset>/sft (or preferred-ft, pretrained)
     n_layer: int = 2  # blocks
     n_head: int = 4  # attention heads
     n_embd: int = 128  # channels
@@ -67,6 +68,9 @@ class Config:
         ("posts", "cpu", "chosen"): dict(steps=280, lr=5e-4),  # one pass over the pairs
         ("posts", "cpu"): dict(block_size=224, steps=1000),  # 3.5 minutes on one core
         ("imdb", "cpu"): dict(n_layer=4, n_head=4, n_embd=256, block_size=96, batch_size=32, steps=6500, lr=3e-3, warmup=200),
+        ("tldr", "cpu", "pretrain"): dict(n_layer=4, n_head=4, n_embd=256, block_size=320, steps=1300, lr=3e-3, warmup=200),
+        # two thirds of a pass
+        ("tldr", "cpu"): dict(block_size=320, steps=200, lr=5e-4, warmup=20),
         ("imdb", "gpu"): dict(n_layer=10, n_head=8, n_embd=512, block_size=256, batch_size=256, steps=3000, lr=1.5e-3,
                               warmup=200),
     }
@@ -78,10 +82,18 @@ class Config:
         require(self.on == "chosen" or not self.pairs, "--pairs: needs --on chosen")
         require(self.on == "chosen" or not self.evaluate_every, "--evaluate-every: needs --on chosen")
         runs = runs_folder(self.dataset, self.preset)
-        self.out = self.out or str(runs / ("sft" if self.on == "documents" else "preferred-ft"))
+        names = {"documents": "sft", "chosen": "preferred-ft", "pretrain": "pretrained"}
+        self.out = self.out or str(runs / names[self.on])
+        if self.on == "documents" and self.pretraining:
+            self.init = self.init or str(runs / "pretrained")
         if self.on == "chosen":
             self.init = self.init or str(runs / "sft")
-            self.pairs = self.pairs or str(runs / f"pairs-{'argmax' if self.dataset == 'imdb' else 'bt'}" / "pairs.jsonl")
+            self.pairs = self.pairs or str(runs / f"pairs-{default_labels(self.dataset)}" / "pairs.jsonl")
+
+    @property
+    def pretraining(self) -> bool:
+        """Whether the dataset has a pretraining stage, with which a model begins that the documents are too few for."""
+        return (self.dataset, self.preset, "pretrain") in self.PRESETS
 
 
 def encode_documents(texts: list[str], tokenizer: Tokenizer, block_size: int) -> list[list[int]]:
@@ -130,6 +142,12 @@ def train(config: Config) -> Path:
     check_folder(config)
     pair_rows = read_pairs(config.pairs) if config.on == "chosen" else []
     folder = data.ensure(config.dataset)
+    if config.on == "pretrain" and not (folder / "pretrain.jsonl").exists():
+        fail(f"--on pretrain: {folder} has no pretrain.jsonl")
+    if config.on == "documents" and config.pretraining:
+        before = defaults(Config, config.dataset, config.preset, on="pretrain", dtype=config.dtype, resume=True)
+        if config.init == before.out and not finished(before):
+            train(before)
     if config.init and (Path(config.init) / "log.jsonl").exists():  # a run of ours
         model, meta = load_run(config.init)
         tokenizer = Tokenizer.load(Path(config.init) / "tokenizer.tiktoken")
@@ -144,10 +162,11 @@ def train(config: Config) -> Path:
         model = GPT(GPTConfig(tokenizer.vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd))
     model = model.to(device()).train()
     block_size = min(config.block_size, model.config.block_size)
-    if config.on == "documents":
+    if config.on != "chosen":
         held = folder / ("valid.jsonl" if (folder / "valid.jsonl").exists() else "test.jsonl")
+        documents = folder / ("train.jsonl" if config.on == "documents" else "pretrain.jsonl")
         (rows, prompts), (held_rows, held_prompts) = (read_documents(path, tokenizer, block_size)
-                                                      for path in (folder / "train.jsonl", held))
+                                                      for path in (documents, held))
     else:
         encoded = encode_pairs(pair_rows, tokenizer, block_size, config.pairs)
         if len(encoded) < 2:
