@@ -37,7 +37,8 @@ from data.tokenizer import Tokenizer
 from model import GPT, ScalarModel, load_run, summed_logprobs
 
 # (dataset, preset): test prompts, and bank responses for each
-SIZES = {("reviews", "cpu"): (128, 256), ("posts", "cpu"): (128, 64), ("imdb", "cpu"): (256, 64), ("imdb", "gpu"): (512, 256)}
+SIZES = {("reviews", "cpu"): (128, 256), ("posts", "cpu"): (128, 64), ("tldr", "cpu"): (128, 64), ("imdb", "cpu"): (256, 64),
+         ("imdb", "gpu"): (512, 256)}
 SAMPLES = 4  # responses a prompt of the policy that is evaluated
 BANK_SEED, EVAL_SEED = 2000, 3000
 MIN_ESS = 5.0  # the optimal curve stops where fewer samples than this carry the weight

@@ -41,7 +41,7 @@ from data.tokenizer import Tokenizer
 from model import load_run
 from sweep import Planned, mean_se, run_all
 
-# steps between evaluations: (imdb or not, script)
+# steps between evaluations: (imdb or tldr, script)
 EVERY = {(False, "sft"): 25, (False, "dpo"): 25, (False, "ppo"): 5, (True, "sft"): 100, (True, "dpo"): 100, (True, "ppo"): 10}
 NAMED = ("alpha", "beta", "lr", "target_kl")  # what tells the settings of one method apart
 KLS = (1.0, 2.0, 4.0, 8.0)  # nats at which the table reads every method
@@ -127,7 +127,7 @@ def plan(config: Config, base: Path) -> list[Planned]:
             pairs = defaults(dpo.Config, config.dataset, config.preset).labels
             more = dict(sft=config.sft) if module is not sft else dict(
                 on="chosen", init=config.sft or str(base / "sft"), pairs=str(base / f"pairs-{pairs}" / "pairs.jsonl"))
-            settings = {"evaluate_every": EVERY[config.dataset == "imdb", module.__name__], **settings, **more,
+            settings = {"evaluate_every": EVERY[config.dataset in ("imdb", "tldr"), module.__name__], **settings, **more,
                         "seed": seed, "dtype": config.dtype, "resume": True, "out": str(folder)}
             planned.append(Planned(method, setting, seed, module.__name__,
                                    defaults(module.Config, config.dataset, config.preset, **settings)))

@@ -61,6 +61,7 @@ class Config:
     resume: bool = False  # go on from the last checkpoint
 
     PRESETS: ClassVar[dict] = {
+        ("tldr", "cpu"): dict(labels="argmax"),
         ("imdb", "cpu"): dict(labels="argmax"),
         ("imdb", "gpu"): dict(labels="argmax", lr=1e-4),
         ("imdb", "cpu", "labels"): dict(block_size=160, epochs=3.0, lr=3e-4, warmup=100, weight_decay=0.1),
