@@ -46,7 +46,7 @@ class Config:
     pairs: str = ""  # your own pairs, a JSON-lines file, in place of sampled ones
     sft: str = ""  # run folder of the SFT policy, if not runs/<dataset>/sft
     out: str = ""  # run folder, if not reward-model (or gold) beside the SFT policy
-    block_size: int = 0  # --on labels: tokens of a window; 0 = that of the SFT policy
+    block_size: int = 0  # tokens of a window (--on labels) or of prompt and response; 0 = that of the SFT policy
     epochs: float = 1.0  # passes over the pairs or labelled documents
     batch_size: int = 32  # pairs or documents a step
     micro_batch_size: int = 0  # rows a forward pass, if memory is short; 0 = all at once; same gradient

@@ -527,7 +527,7 @@ def test_the_scripts_can_prepare_every_dataset(prepare):
 
 
 @pytest.mark.parametrize("script", [*clone.SCRIPTS, "frontier", "bt", "preference_rl", "dagger", "data/reviews/prepare",
-                                    "data/imdb/prepare"])
+                                    "data/imdb/prepare", "data/tldr/prepare", "data/tldr/agreement"])
 def test_help_of_every_script_exits_0_and_does_nothing(script, root, tmp_path, monkeypatch, capsys):
     """Asking what a script does must not do it."""
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])

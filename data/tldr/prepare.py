@@ -26,7 +26,10 @@ Dropped and counted: posts with a field empty; with a TL;DR in the post or title
 by id or by text, where test wins over valid, valid over train, and all three, as well as comparisons_test, over what is
 only trained on; prompts of more than 256 tokens (--max-prompt) and summaries of more than 63, each with <bos> or <eos>.
 Nothing is cut, but for the articles: they end with the last whole sentence that leaves the prompt short enough.
-A comparison may have 512 tokens of prompt and 128 of summary: `reward_model.py --block-size 640` takes all of them.
+A comparison may have 512 tokens of prompt and 128 of summary, so that this takes all of them:
+
+    python reward_model.py --dataset tldr --block-size 640 --out runs/tldr/reward-model-human \\
+        --pairs data/tldr/prepared/comparisons_train.jsonl
 """
 from __future__ import annotations
 
