@@ -110,7 +110,7 @@ def refused(root, work):
     (["--seed"], "argument --seed: expected one argument"),
     (["--preset", "gpu"], "there is no such preset for --dataset reviews (known: "),
     (["--preset", "gpu"], "imdb cpu, imdb gpu)"),
-    (["--dataset", "nope"], "--dataset nope: there is no data/nope/prepare.py (known: imdb, posts, reviews)"),
+    (["--dataset", "nope"], "--dataset nope: there is no data/nope/prepare.py (known: imdb, posts, reviews, tldr)"),
     (["--out", "a file"], "a file: cannot be written ("),
     (["--out", "a file/below"], "a file/below: cannot be written ("),
     (["--out", "a file/far/below"], "is not a folder)"),

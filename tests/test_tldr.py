@@ -27,8 +27,7 @@ PROMPT, PAIR = {"prompt": str}, {"prompt": str, "chosen": str, "rejected": str}
 
 def post(number: int, **changes: str) -> dict:
     """A row as OpenAI's files have it, other words for every number."""
-    rng = random.Random(number)
-    prompt, summary = sample_post(rng)
+    prompt, summary = sample_post(random.Random(number))
     subreddit, title, text = re.fullmatch(r"SUBREDDIT: r/(.*)\n\nTITLE: (.*)\n\nPOST: (.*)\n\nTL;DR:", prompt).groups()
     return {"id": f"t3_{number}", "subreddit": subreddit, "title": title, "post": f"{number}. {text}",
             "summary": summary.strip(), **changes}
@@ -46,9 +45,9 @@ LONG = " ".join(f"word{n}" for n in range(200))
 PLANTED = {  # what must go, beside what stays
     "test": [TEST[0] | {"id": "t3_other"}, TEST[1] | {"post": "The same id."}, post(1, summary="  "), post(2, post=LONG)],
     "valid": [TEST[2], post(3, title="TL;DR in the title")],
-    "train": [TRAIN[0], TEST[3] | {"id": "t3_more"}, VALID[0], post(4, post="It ends. Tldr: it ends."), post(5, post=LONG + " in train"),
-              post(6, summary=LONG), next(row for row in COMPARED if tldr_prepare.split_comparisons(
-                  [{"id": row["id"], "post": row["post"], "split": "valid1"}])[1])],
+    "train": [TRAIN[0], TEST[3] | {"id": "t3_more"}, VALID[0], post(4, post="It ends. Tldr: it ends."),
+              post(5, post=LONG + " in train"), post(6, summary=LONG), next(
+                  row for row in COMPARED if tldr_prepare.split_comparisons([row | {"split": "valid1"}])[1])],
 }
 UNSUMMARISED = [post(500), post(501), TRAIN[1], TEST[4], post(500)]
 DROPPED = {
