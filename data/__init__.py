@@ -3,6 +3,7 @@
 A prepared folder (data/<task>/prepared/) holds, all of it text that a person can read:
     train.jsonl, test.jsonl (and valid.jsonl)   documents, {"text"}; "label" where the gold classifier needs one
     prompts_train.jsonl, prompts_test.jsonl     {"prompt"}
+    pretrain.jsonl                              {"text"}, where a model must read more before it can learn train.jsonl
     tokenizer.tiktoken                          byte-level BPE learned on train.jsonl
     meta.json                                   counts, seeds, and the sha256 of every file above
 """
