@@ -29,7 +29,7 @@ from typing import Callable
 
 import torch
 
-from common import (Parser, Run, autocast, compare_settings, device, fail, fingerprint, read_json, read_jsonl, write_json,
+from common import (Parser, Run, autocast, compare_settings, device, fail, fingerprint, pad, read_json, read_jsonl, write_json,
                     write_jsonl)
 from data import ensure as ensure_data
 from data.pairs import sampled_responses
@@ -121,14 +121,45 @@ def has_exact_reward(dataset: str) -> bool:
 
 
 def gold_reward(dataset: str, base: Path) -> GoldReward:
-    """The task's gold reward: exact where the task defines one, else the classifier in base/gold."""
-    if has_exact_reward(dataset):
+    """The task's gold reward: the model in base/gold if there is one, else the exact reward that the task defines.
+
+    A model of pairs gives sigmoid(score of prompt, response and <eos>), a classifier of labels P(positive).
+    """
+    folder = base / "gold"
+    if has_exact_reward(dataset) and not (folder / "model.pt").exists():
         exact = importlib.import_module(f"data.{dataset}").gold_reward
         return lambda prompts, responses: torch.tensor([exact(p + r) for p, r in zip(prompts, responses)])
-    model, _ = load_run(base / "gold", ScalarModel)
-    tokenizer = Tokenizer.load(base / "gold" / "tokenizer.tiktoken")
+    model, _ = load_run(folder, ScalarModel)
+    tokenizer = Tokenizer.load(folder / "tokenizer.tiktoken")
+    if read_json(folder / "config.json")["on"] == "pairs":
+        return lambda prompts, responses: torch.sigmoid(pair_scores(model, tokenizer, prompts, responses))
     return lambda prompts, responses: torch.sigmoid(
         classifier_logits(model, tokenizer, [p + r for p, r in zip(prompts, responses)])).cpu()
+
+
+def reward_name(dataset: str, base: Path) -> str:
+    """What the gold reward is, for a table that reports it."""
+    if (base / "gold" / "model.pt").exists():
+        return f"the model in {base / 'gold'}, trained on {read_json(base / 'gold' / 'config.json')['on']}"
+    return getattr(importlib.import_module(f"data.{dataset}"), "REWARD_NAME", "the exact gold reward")
+
+
+def pair_scores(model: ScalarModel, tokenizer: Tokenizer, prompts: list[str], responses: list[str]) -> torch.Tensor:
+    """A pairwise reward model's score of each response, (B,), encoded as in training: <bos> prompt response <eos>."""
+    encoded = zip(*map(tokenizer.encode_batch, (prompts, responses)))
+    tokens, lengths = pad([[tokenizer.bos] + prompt + response + [tokenizer.eos] for prompt, response in encoded], tokenizer.pad)
+    return all_scores(model, tokens, lengths)
+
+
+def all_scores(model: ScalarModel, tokens: torch.Tensor, lengths: torch.Tensor, dtype: str = "auto") -> torch.Tensor:
+    """The score of every row, (N,), without gradient."""
+    scores = torch.empty(len(tokens))
+    with torch.no_grad():
+        for rows in lengths.argsort(stable=True).split(256):
+            with autocast(dtype):
+                scores[rows] = model.score(tokens[rows, :int(lengths[rows].max())].to(device()),
+                                           lengths[rows].to(device())).cpu()
+    return scores
 
 
 @torch.no_grad()

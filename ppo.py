@@ -248,7 +248,7 @@ def find_reward(config: Config, gold: evaluate.GoldReward, task: dict,
             fail(f"--reward {folder}: its block size is {model.config.block_size}, that of the policy {block_size}")
 
         def score(samples: Samples, prompts: list[str], responses: list[str]) -> torch.Tensor:
-            return reward_model.all_scores(model, samples.tokens, samples.lengths, config.dtype)
+            return evaluate.all_scores(model, samples.tokens, samples.lengths, config.dtype)
         return score, model, fingerprint(model.state_dict())
     user = user_function(config.reward)
     return lambda samples, prompts, responses: user(prompts, responses), None, sha256(config.reward.rpartition(":")[0])

@@ -187,7 +187,7 @@ def train(config: Config) -> Path:
     # ---- 4) held-out rows, normalisation -----------------------------------------------------------------------------
     model.eval()
     if config.on == "pairs":
-        scores = all_scores(model, tokens, lengths, config.dtype)
+        scores = evaluate.all_scores(model, tokens, lengths, config.dtype)
         model.mean.fill_(scores.mean().item())  # of the SFT policy's responses, which the pairs are made of
         model.std.fill_(scores.std().item())
         result = pair_accuracy(*scores.view(2, -1)[:, n - held:] if held else scores.view(2, -1))
@@ -202,17 +202,6 @@ def train(config: Config) -> Path:
     run.finish(kind="ScalarModel", architecture=asdict(model.config), dataset=config.dataset, tokenizer=tokenizer.fingerprint)
     print("\n".join(f"{name.replace('_', ' '):32} {value:.4f}" for name, value in result.items()) + f"\n  ->  {run.folder}")
     return run.folder
-
-
-def all_scores(model: ScalarModel, tokens: torch.Tensor, lengths: torch.Tensor, dtype: str) -> torch.Tensor:
-    """The score of every row, (N,), without gradient."""
-    scores = torch.empty(len(tokens))
-    with torch.no_grad():
-        for rows in lengths.argsort(stable=True).split(256):
-            with autocast(dtype):
-                scores[rows] = model.score(tokens[rows, :int(lengths[rows].max())].to(device()),
-                                           lengths[rows].to(device())).cpu()
-    return scores
 
 
 def pair_accuracy(chosen: torch.Tensor, rejected: torch.Tensor) -> dict[str, float]:
@@ -235,10 +224,19 @@ def truncated_accuracy(model: ScalarModel, tokenizer: Tokenizer, rows: list[dict
     return ((logits > 0) == (torch.tensor([row["label"] for row in rows]) > 0.5)).float().mean().item()
 
 
+MIN_COMPARISONS = 10_000  # fewer human comparisons than these make no judge
+
+
 def ensure_gold(sft_folder: Path, dataset: str, preset: str, dtype: str = "auto") -> evaluate.GoldReward:
-    """The task's gold reward; where that is a classifier, it is trained if it is missing."""
-    if not evaluate.has_exact_reward(dataset):
-        config = defaults(Config, dataset, preset, on="labels", sft=str(sft_folder), dtype=dtype, resume=True)
+    """The task's gold reward. Where that is a model it is trained if it is missing: a classifier of the labelled documents,
+    or a reward model of the human comparisons where the dataset has enough of them (its own reward is a stand-in then)."""
+    comparisons = data.ensure(dataset) / "comparisons_train.jsonl"
+    human = comparisons.exists() and len(read_pairs(comparisons)) >= MIN_COMPARISONS
+    if human or not evaluate.has_exact_reward(dataset):
+        # 640: the longest prompt and summary that data/tldr/prepare.py lets pass
+        source = (dict(pairs=str(comparisons), block_size=640, out=str(sft_folder.parent / "gold")) if human
+                  else dict(on="labels"))
+        config = defaults(Config, dataset, preset, sft=str(sft_folder), dtype=dtype, resume=True, **source)
         if not finished(config):
             train(config)
     return evaluate.gold_reward(dataset, sft_folder.parent)

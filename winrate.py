@@ -24,7 +24,6 @@ Writes  runs/<dataset>/winrate/ : responses/, results.jsonl (a row a point of th
 """
 from __future__ import annotations
 
-import importlib
 import math
 import os
 from dataclasses import dataclass
@@ -58,7 +57,8 @@ Judge = Callable[[list[str], list[str], list[str]], torch.Tensor]  # prompts, fi
 class Config:
     dataset: str = "posts"  # posts, or tldr
     preset: str = "cpu"  # defaults for a machine
-    against: Literal["reference", "sft"] = "reference"  # what a summary must win over: the reference, or SFT's at T = 0
+    against: Literal["auto", "reference", "sft"] = "auto"  # what a summary must win over: the reference, or SFT's at T = 0;
+    # auto = SFT's where the gold reward is likeness to the reference, over which nothing can win
     judge: str = ""  # FILE.py:function, in place of the gold reward
     prompts: int = 256  # test prompts
     best_of: int = 128  # responses that best of n draws to each prompt, at most
@@ -69,8 +69,7 @@ class Config:
     sft: str = ""  # run folder of the SFT policy, if not runs/<dataset>/sft
     out: str = ""  # folder of the results, if not winrate beside the SFT policy
 
-    # on tldr the gold reward is likeness to the reference: no summary can win over that
-    PRESETS: ClassVar[dict] = {("tldr", "cpu"): dict(against="sft", best_of=32), ("tldr", "gpu"): dict(against="sft")}
+    PRESETS: ClassVar[dict] = {("tldr", "cpu"): dict(best_of=16)}
 
     def __post_init__(self) -> None:
         require_numbers(self, above_0="prompts best_of seeds", from_0="workers")
@@ -184,7 +183,7 @@ def respond(folder: Path, name: str, policy: GPT, tokenizer: Tokenizer, prompts:
         if rewards:
             gold, model = rewards
             values = {"gold": gold([p for p in prompts for _ in range(samples)], texts),
-                      "scores": torch.cat([reward_model.all_scores(model, part.tokens, part.lengths, dtype) for part in parts])}
+                      "scores": torch.cat([evaluate.all_scores(model, part.tokens, part.lengths, dtype) for part in parts])}
             for key, value in values.items():
                 for row, numbers in zip(rows, value.view(-1, samples).tolist()):
                     row[key] = [round(number, 6) for number in numbers]
@@ -379,8 +378,11 @@ def main(config: Config) -> None:
     points, samples, references = [], [], {}
     for name, (texts, temperatures) in sets.items():
         temperatures = [t for t in temperatures if not config.quick or t in (0.0, 0.5, 1.0)]
-        opponents = texts.references
-        if config.against == "sft":
+        opponents, against = texts.references, config.against
+        if against == "auto":
+            likeness = not config.judge and bool((gold(*texts) > 0.9999).all())
+            against = "sft" if likeness else "reference"
+        if against == "sft":
             opponents = first(respond(folder, f"{name}-SFT", ref, tokenizer, texts.prompts, 0.0, 0, dtype=config.dtype))
         references[name] = words(opponents).mean().item()
         judged = Judged(name, texts.prompts, opponents, judge or gold_judge(gold))
@@ -401,9 +403,8 @@ def main(config: Config) -> None:
 
     # ---- 4) rows, table, samples, figure -----------------------------------------------------------------------------
     rows = summarise(points)
-    task = importlib.import_module(f"data.{config.dataset}")
-    judged_by = config.judge or getattr(task, "REWARD_NAME", "the gold reward")
-    against = "the reference summaries" if config.against == "reference" else "SFT at T = 0"
+    judged_by = config.judge or evaluate.reward_name(config.dataset, base)
+    against = {"reference": "the reference summaries", "sft": "SFT at T = 0"}[against]
     text = markdown(rows, references, judged_by, against)
     write_jsonl(folder / "results.jsonl", rows)
     write_jsonl(folder / "samples.jsonl", samples)

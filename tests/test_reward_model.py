@@ -13,8 +13,9 @@ from common import batches, generator, pad, write_jsonl
 from conftest import log_of, tiny_gpt
 from data.pairs import encode_pairs, read_pairs
 from data.tokenizer import Tokenizer
+from evaluate import all_scores
 from model import ScalarModel, load_run
-from reward_model import all_scores, pair_accuracy, reward_loss, scalar_model, truncated_accuracy, windows
+from reward_model import pair_accuracy, reward_loss, scalar_model, truncated_accuracy, windows
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
 

@@ -10,10 +10,12 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 import clone
 import data
 import evaluate
+import reward_model
 import sft
 from common import read_json, read_jsonl, write_jsonl
 from data import tldr
@@ -21,6 +23,7 @@ from data.posts.grammar import sample_post
 from data.tldr import agreement
 from data.tldr import prepare as tldr_prepare
 from data.tokenizer import Tokenizer, train_bpe
+from model import ScalarModel, load_run
 
 PROMPT, PAIR = {"prompt": str}, {"prompt": str, "chosen": str, "rejected": str}
 
@@ -388,5 +391,17 @@ def test_the_pipeline_runs_on_tldr(root, prepared, tmp_path, monkeypatch, capsys
     shown = capsys.readouterr().out
     assert [row["name"].partition(",")[0] for row in lines][-1] == str(runs / "reward-model") and "73 to 77%" in shown
     assert all(0 <= row["interval"][0] <= row["agreement"] <= row["interval"][1] <= 1 for row in lines)
+    # with enough comparisons a model of them is the gold reward, and ROUGE-L no longer
+    assert evaluate.reward_name("tldr", runs) == tldr.REWARD_NAME
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reward_model, "MIN_COMPARISONS", 2)
+    gold = reward_model.ensure_gold(Path("runs/tldr/sft"), "tldr", "cpu")
+    assert "trained on pairs" in evaluate.reward_name("tldr", runs)
+    assert read_json(runs / "gold/config.json")["pairs"] == str(prepared / "comparisons_train.jsonl")
+    model, tokenizer = load_run(runs / "gold", ScalarModel)[0], Tokenizer.load(runs / "gold/tokenizer.tiktoken")
+    rows = read_jsonl(prepared / "comparisons_test.jsonl", PAIR)
+    for row, reward in zip(rows, gold([r["prompt"] for r in rows], [r["chosen"] for r in rows]).tolist()):
+        ids = [tokenizer.bos, *tokenizer.encode(row["prompt"]), *tokenizer.encode(row["chosen"]), tokenizer.eos]
+        assert reward == pytest.approx(torch.sigmoid(model(torch.tensor([ids]))[0, -1]).item(), abs=1e-5)
     assert "no finished run" in error(agreement.main, [str(tmp_path)], prepared)
     assert "no pretrain.jsonl" in clone.run_here(root, tmp_path, "sft", "--on", "pretrain")

@@ -20,13 +20,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root, for the imports below
 
-from common import ROOT, Parser, fail, pad, read_jsonl  # noqa: E402
+from common import ROOT, Parser, fail, read_jsonl  # noqa: E402
 from data import check_prepared  # noqa: E402
-from data.pairs import encode_pairs  # noqa: E402
 from data.tldr import rouge_l, words  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
+from evaluate import pair_scores  # noqa: E402
 from model import ScalarModel, load_run  # noqa: E402
-from reward_model import all_scores  # noqa: E402
 
 Outcomes = list[tuple[str, float]]  # of each comparison: id of its post; 1 agreed, 0 disagreed, 1/2 could not tell
 
@@ -59,14 +58,13 @@ def between_people(rows: list[dict]) -> Outcomes:
     return [(key[0], float(a == b)) for key, choices in judged.items() for a, b in combinations(choices.values(), 2)]
 
 
-def by_reward_model(folder: Path, rows: list[dict], path: Path) -> Outcomes:
+def by_reward_model(folder: Path, rows: list[dict]) -> Outcomes:
     """The choice of a finished reward model."""
     model, _ = load_run(folder, ScalarModel)
     tokenizer = Tokenizer.load(folder / "tokenizer.tiktoken")
-    pairs = encode_pairs(rows, tokenizer, model.config.block_size, path)
-    tokens, lengths = pad([p.prompt + p.chosen for p in pairs] + [p.prompt + p.rejected for p in pairs], tokenizer.pad)
-    scores = all_scores(model, tokens, lengths, "auto").view(2, -1).tolist()
-    return [(row["id"], outcome(chosen, rejected)) for row, chosen, rejected in zip(rows, *scores)]
+    chosen, rejected = (pair_scores(model, tokenizer, [row["prompt"] for row in rows], [row[name] for row in rows]).tolist()
+                        for name in ("chosen", "rejected"))
+    return [(row["id"], outcome(*scores)) for row, *scores in zip(rows, chosen, rejected)]
 
 
 def interval(outcomes: Outcomes, draws: int = 2000) -> tuple[float, float]:
@@ -104,7 +102,7 @@ def main(runs: list[str], folder: Path = ROOT / "data" / "tldr" / "prepared") ->
     every = read_jsonl(folder / "comparisons_train.jsonl", fields) + test
     named = {"ROUGE-L, all": by_rouge(every), "ROUGE-L, test": by_rouge(test), "the longer one, all": by_length(every),
              "the longer one, test": by_length(test), "another person, all": between_people(every)}
-    named |= {f"{run}, test": by_reward_model(Path(run), test, path) for run in runs}
+    named |= {f"{run}, test": by_reward_model(Path(run), test) for run in runs}
     rows = table(named)
     width = max(len(row["name"]) for row in rows)
     print(f"{'chooses as a person did':{width}}  agreement  95% interval   comparisons  posts")
