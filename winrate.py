@@ -304,7 +304,7 @@ def markdown(rows: list[dict], references: dict[str, float], judge: str, against
     return text
 
 
-def draw(rows: list[dict], references: dict[str, float], against: str, path: Path) -> None:
+def draw(rows: list[dict], references: dict[str, float], title: str, path: Path) -> None:
     """Win rate, length-controlled win rate and words against temperature; win rate against n at T = 1."""
     import matplotlib
     matplotlib.use("Agg")
@@ -325,13 +325,13 @@ def draw(rows: list[dict], references: dict[str, float], against: str, path: Pat
             if line:
                 axis.errorbar([row[x] for row in line], [row[y] for row in line], [row[f"{y}_se"] for row in line],
                               **style | ({"label": method} if axis is axes[3] else {}))
-    for axis, title in zip(axes, (f"{name}: win rate over {against}", "length-controlled win rate", "words of a summary",
-                                  "best of n at T = 1: win rate")):
+    for axis, title in zip(axes, ("win rate", "length-controlled win rate", "words of a summary", "win rate of best of n at T = 1")):
         axis.set(title=title, xlabel="sampling temperature" if axis is not axes[3] else "n")
         if axis is not axes[2]:
             axis.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
             axis.set_ylim(0, 1)
     axes[2].axhline(references[name], color="black", linewidth=0.8, linestyle=":")
+    figure.suptitle(title)
     axes[3].set_xscale("log", base=2)
     axes[3].legend(fontsize=8)
     axes[0].legend(fontsize=8)
@@ -409,7 +409,7 @@ def main(config: Config) -> None:
     write_jsonl(folder / "results.jsonl", rows)
     write_jsonl(folder / "samples.jsonl", samples)
     atomic_write(folder / "table.md", text.encode())
-    draw(rows, references, against, folder / "winrate.png")
+    draw(rows, references, f"{config.dataset}: over {against}, judged by {judged_by}", folder / "winrate.png")
     for row in samples[:3]:
         print("\n" + "\n".join(f"{key:12} {value.strip()}" for key, value in row.items() if key != "texts"))
     print(f"\n{text}rows, table, samples and figure  ->  {folder}")
