@@ -83,16 +83,11 @@ class Config:
         runs = runs_folder(self.dataset, self.preset)
         names = {"documents": "sft", "chosen": "preferred-ft", "pretrain": "pretrained"}
         self.out = self.out or str(runs / names[self.on])
-        if self.on == "documents" and self.pretraining:
-            self.init = self.init or str(runs / "pretrained")
+        if self.on == "documents" and (self.dataset, self.preset, "pretrain") in self.PRESETS:  # too few documents
+            self.init = self.init or str(runs / names["pretrain"])
         if self.on == "chosen":
             self.init = self.init or str(runs / "sft")
             self.pairs = self.pairs or str(runs / f"pairs-{default_labels(self.dataset)}" / "pairs.jsonl")
-
-    @property
-    def pretraining(self) -> bool:
-        """Whether the dataset has a pretraining stage, with which a model begins that the documents are too few for."""
-        return (self.dataset, self.preset, "pretrain") in self.PRESETS
 
 
 def encode_documents(texts: list[str], tokenizer: Tokenizer, block_size: int) -> list[list[int]]:
@@ -143,9 +138,9 @@ def train(config: Config) -> Path:
     folder = data.ensure(config.dataset)
     if config.on == "pretrain" and not (folder / "pretrain.jsonl").exists():
         fail(f"--on pretrain: {folder} has no pretrain.jsonl")
-    if config.on == "documents" and config.pretraining:
+    if config.on == "documents" and (config.dataset, config.preset, "pretrain") in config.PRESETS:
         before = defaults(Config, config.dataset, config.preset, on="pretrain", dtype=config.dtype, resume=True)
-        if config.init == before.out and not finished(before):
+        if config.init == before.out and not (Path(before.out) / "model.pt").exists():
             train(before)
     if config.init and (Path(config.init) / "log.jsonl").exists():  # a run of ours
         model, meta = load_run(config.init)
