@@ -113,10 +113,12 @@ def read_comparisons(path: Path) -> list[dict]:
                  "summaries and choice 0 or 1")
         texts = [need(summary, "text", "summaries[].text") for summary in row["summaries"]]
         by_author = [text for text, summary in zip(texts, row["summaries"]) if summary.get("policy") == "ref"]
+        extra = row.get("extra")
         post = {name: need(row["info"], name, f"info.{name}") for name in FIELDS}
         found.append({**post, "title": " ".join(post["title"].split()), "chosen": texts[row["choice"]],
-                      "rejected": texts[1 - row["choice"]], "worker": row.get("worker"), "split": row.get("split"),
-                      "confidence": (row.get("extra") or {}).get("confidence"), "reference": (by_author or [None])[0]})
+                      "rejected": texts[1 - row["choice"]], "reference": (by_author or [None])[0],
+                      "worker": row.get("worker"), "split": row.get("split"),
+                      "confidence": extra.get("confidence") if isinstance(extra, dict) else None})
     return found
 
 
