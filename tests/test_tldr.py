@@ -244,14 +244,14 @@ def test_bad_folders_and_files(tmp_path, error):
 
 def test_an_article_ends_with_a_whole_sentence():
     tokenizer = train_bpe([], 259)  # bytes only: a token is a character
-    article = "Rain fell.\n\nMr. J. Hill of the U.S. said: \"It rained.\" 5 cats came. And then it was over."
+    article = "Rain fell.\n\nMr. J. Hill, No. 7 of the \"U.S.,\" said: \"It rained.\" 5 cats came. And then it was over."
     whole = tldr_prepare.cut_article(article, tokenizer, 500)
-    assert whole == ('SUBREDDIT: r/news\n\nTITLE: Rain fell.\n\nPOST: Mr. J. Hill of the U.S. said: "It rained." 5 cats came. '
-                     "And then it was over.\n\nTL;DR:")
+    assert whole == ('SUBREDDIT: r/news\n\nTITLE: Rain fell.\n\nPOST: Mr. J. Hill, No. 7 of the "U.S.," said: "It rained." 5 '
+                     "cats came. And then it was over.\n\nTL;DR:")
     assert tldr_prepare.cut_article(article, tokenizer, len(whole) + 1) == whole  # <bos> is the one more
     shorter = whole.replace(" And then it was over.", "")
     assert tldr_prepare.cut_article(article, tokenizer, len(whole)) == shorter
-    assert tldr_prepare.cut_article(article, tokenizer, 60) is None and tldr_prepare.cut_article("One.", tokenizer, 99) is None
+    assert tldr_prepare.cut_article(article, tokenizer, 90) is None and tldr_prepare.cut_article("One.", tokenizer, 99) is None
 
 
 def test_prepare_downloads_beside_the_output(archive, tmp_path, monkeypatch, error):

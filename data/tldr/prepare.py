@@ -58,8 +58,8 @@ MAX_COMPARISON_PROMPT, MAX_COMPARISON_SUMMARY = 512, 128  # the same; the paper'
 FIELDS = {"id": str, "subreddit": str, "title": str, "post": str}
 HAS_TLDR = re.compile(r"\btl\W{0,2}dr\b", re.IGNORECASE)
 # where a sentence ends and the next begins, though not behind an initial or a title
-SENTENCE = re.compile(r"(?<=[.!?\"'\u201d)])(?<![A-Z]\.)(?<!Mr\.|Ms\.|Dr\.|St\.|vs\.)(?<!Mrs\.|Sen\.|Gov\.|Rep\.|Gen\.)"
-                      r"\s+(?=[\"'\u201c(]?[A-Z0-9])")
+SENTENCE = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"'\u201d)]))(?<![A-Z]\.)(?<!Mr\.|Ms\.|Dr\.|St\.|vs\.|No\.)"
+                      r"(?<!Mrs\.|Sen\.|Gov\.|Rep\.|Gen\.)\s+(?=[\"'\u201c(]?[A-Z0-9])")
 
 
 # ---- getting and reading the posts and comparisons -------------------------------------------------------------------
