@@ -111,7 +111,7 @@ def label_pairs(rewards: torch.Tensor, labels: Literal["bt", "argmax"], scale: f
 # they agree with the gold order 75 to 80% of the time, as human annotators do
 SIZES = {("reviews", "cpu"): dict(prompts=1600, samples=4, scale=5.0),
          ("posts", "cpu"): dict(prompts=1600, samples=4, scale=5.0),
-         ("tldr", "cpu"): dict(prompts=1600, samples=4, scale=5.0),
+         ("tldr", "cpu"): dict(prompts=1000, samples=4, scale=5.0),
          ("imdb", "cpu"): dict(prompts=4000, samples=4, scale=5.0),
          ("imdb", "gpu"): dict(prompts=20000, samples=4, scale=5.0)}
 
