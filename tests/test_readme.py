@@ -7,6 +7,7 @@ import torch
 
 import evaluate
 import frontier
+import winrate
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,6 +21,15 @@ SMALL = {
     "python frontier.py --dataset imdb": "test_frontier.py",
     "python frontier.py --grid why": "test_frontier.py",
     "python frontier.py --grid ablation": "test_frontier.py",
+    "python dpo.py --dataset posts": "test_posts.py: test_the_pipeline_runs_on_posts",
+    "python ppo.py --dataset posts": "test_posts.py: test_the_pipeline_runs_on_posts",
+    "python winrate.py --quick": "test_winrate.py",
+    "python winrate.py": "test_winrate.py",
+    "python winrate.py --dataset tldr": "test_winrate.py, test_tldr.py",
+    "python winrate.py --judge FILE.py:function": "test_winrate.py",
+    "python scaling.py": "test_scaling.py",
+    "python data/tldr/prepare.py": "test_tldr.py",
+    "python data/tldr/agreement.py": "test_tldr.py",
     "python ppo.py --reward FILE.py:function": "test_ppo.py",
     "python ppo.py --reward gold --advantages leave-one-out --samples 4 --epochs 1": "test_ppo.py",
     "python dpo.py --pairs FILE.jsonl": ".ci/run, with the pairs that the first command wrote",
@@ -60,6 +70,18 @@ def test_the_frontiers_table_is_the_committed_one():
     ours = [line for line in frontier.markdown(frontier.table(rows, bank), bank).splitlines() if line.startswith("| ")]
     for line, written in zip(ours[1:-2], table.splitlines()[2:-2], strict=True):
         assert [cell.split(" (")[0] for cell in line.split(" | ")] == [cell.split(" (")[0] for cell in written.split(" | ")]
+
+
+def test_the_tables_of_win_rates_are_the_committed_ones():
+    """Line by line as `python winrate.py` wrote them, and from the rows that are committed beside them."""
+    for dataset in ("posts", "tldr"):
+        folder = ROOT / "results" / dataset / "winrate"
+        rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+        lines = [line for line in (folder / "table.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+        names = dict.fromkeys((row["texts"] for row in rows), 0.0)
+        assert lines == [line for line in winrate.markdown(rows, names, "", "").splitlines() if line.startswith("|")]
+        for line in lines:
+            assert line in README, line
 
 
 def test_numbers_come_from_committed_jsonl():
