@@ -50,8 +50,14 @@ def die_with_parent() -> None:
         pass
 
 
-def is_there(run: Planned, weights: str) -> bool:
-    """Whether the run is finished. One with other settings, or from another SFT policy, stops the sweep before it starts."""
+def is_there(run: Planned, weights: str | dict[str, str]) -> bool:
+    """Whether the run is finished. One with other settings, or from another SFT policy, stops the sweep before it starts.
+
+    Args:
+        weights: fingerprint of the SFT policy; or of each, by its folder, where the runs start from several.
+    """
+    if isinstance(weights, dict):
+        weights = weights[run.config.sft]
     path = Path(run.config.out) / "config.json"
     built_from = read_json(path)["built_from"] if path.exists() else {"sft": weights}
     if built_from.get("sft", built_from.get("init")) != weights:
@@ -59,7 +65,7 @@ def is_there(run: Planned, weights: str) -> bool:
     return finished(run.config)
 
 
-def run_all(planned: list[Planned], workers: int, folder: Path, weights: str) -> None:
+def run_all(planned: list[Planned], workers: int, folder: Path, weights: str | dict[str, str]) -> None:
     """Run what is not finished, `workers` at a time. Ctrl-C lets every run write its checkpoint first."""
     left = [p for p in planned if not is_there(p, weights)]
     threads = 1 if device().type == "cpu" and workers > 1 else torch.get_num_threads()

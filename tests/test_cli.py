@@ -29,14 +29,17 @@ import frontier
 import ppo
 import preference_rl
 import reward_model
+import scaling
 import sft
+import winrate
 from data.tokenizer import Tokenizer
 from model import load_run
 from clone import root  # noqa: F401  (a fixture)
 from test_faults import tree
 
 ALGORITHMS = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "ppo": ppo}
-CONFIGS = {**ALGORITHMS, "frontier": frontier, "bt": bt, "preference_rl": preference_rl, "dagger": dagger}
+CONFIGS = {**ALGORITHMS, "frontier": frontier, "bt": bt, "preference_rl": preference_rl, "dagger": dagger,
+           "scaling": scaling, "winrate": winrate}
 SOURCES = [*clone.ROOT.glob("*.py"), *clone.ROOT.glob("data/*.py"), *clone.ROOT.glob("data/*/*.py")]
 ROW = {"prompt": "The film was", "chosen": " good.", "rejected": " bad."}
 
@@ -489,7 +492,7 @@ def test_a_real_process_says_one_line_and_exits_1_at_once(script, argv, expected
 
 def test_import_draws_in_no_library_that_only_some_runs_need():
     """--help and every mistake wait for the imports, so figures and GPT-2 weights are imported where they are used."""
-    program = ("import sys, sft, reward_model, dpo, ppo, evaluate, frontier, bt, preference_rl, dagger\n"
+    program = ("import sys, sft, reward_model, dpo, ppo, evaluate, frontier, winrate, scaling, bt, preference_rl, dagger\n"
                "print(*{name.split('.')[0] for name in sys.modules})")
     modules = subprocess.run([sys.executable, "-c", program], cwd=clone.ROOT, capture_output=True, text=True, check=True,
                              env=clone.environment()).stdout.split()
@@ -526,8 +529,8 @@ def test_the_scripts_can_prepare_every_dataset(prepare):
     inspect.signature(importlib.import_module(f"data.{prepare.parent.name}.prepare").prepare).bind(out=Path())
 
 
-@pytest.mark.parametrize("script", [*clone.SCRIPTS, "frontier", "bt", "preference_rl", "dagger", "data/reviews/prepare",
-                                    "data/imdb/prepare", "data/tldr/prepare", "data/tldr/agreement"])
+@pytest.mark.parametrize("script", [*clone.SCRIPTS, "frontier", "winrate", "scaling", "bt", "preference_rl", "dagger",
+                                    "data/reviews/prepare", "data/imdb/prepare", "data/tldr/prepare", "data/tldr/agreement"])
 def test_help_of_every_script_exits_0_and_does_nothing(script, root, tmp_path, monkeypatch, capsys):
     """Asking what a script does must not do it."""
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])

@@ -16,7 +16,9 @@ import dpo
 import frontier
 import ppo
 import reward_model
+import scaling
 import sft
+import winrate
 from common import (Run, adamw, autocast, batches, comments, defaults, fingerprint, generator, pad, parse, preset_of, require,
                     warmup_cosine)
 from conftest import tiny_gpt
@@ -240,7 +242,7 @@ def test_presets_change_defaults_and_flags_change_presets():
         assert parsed("--dataset", "imdb", "--preset", "gpu", *argv) == defaults(Config, "imdb", "gpu", **settings)
 
 
-@pytest.mark.parametrize("module", [sft, reward_model, dpo, ppo, frontier])
+@pytest.mark.parametrize("module", [sft, reward_model, dpo, ppo, frontier, scaling, winrate])
 def test_every_preset_is_a_valid_config(module):
     fields = {field.name for field in dataclasses.fields(module.Config)}
     for (dataset, preset, *on), values in module.Config.PRESETS.items():
