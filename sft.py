@@ -67,6 +67,7 @@ class Config:
         ("imdb", "cpu", "chosen"): dict(steps=700, lr=3e-4),
         ("posts", "cpu", "chosen"): dict(steps=280, lr=5e-4),  # one pass over the pairs
         ("posts", "cpu"): dict(block_size=224, steps=1000),  # 3.5 minutes on one core
+        ("tldr", "cpu", "chosen"): dict(steps=170, lr=3e-4),
         ("tldr", "cpu", "pretrain"): dict(n_layer=4, n_head=4, n_embd=256, block_size=320, steps=1900, lr=3e-3, warmup=200),
         ("tldr", "cpu"): dict(block_size=320, steps=140, lr=1e-3, warmup=20),  # 2 passes; one of pretraining takes 40 minutes
         ("imdb", "cpu"): dict(n_layer=4, n_head=4, n_embd=256, block_size=96, batch_size=32, steps=6500, lr=3e-3, warmup=200),
