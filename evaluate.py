@@ -141,7 +141,7 @@ def reward_name(dataset: str, base: Path) -> str:
     """What the gold reward is, for a table that reports it."""
     if (base / "gold" / "model.pt").exists():
         return f"the model in {base / 'gold'}, trained on {read_json(base / 'gold' / 'config.json')['on']}"
-    return getattr(importlib.import_module(f"data.{dataset}"), "REWARD_NAME", "the exact gold reward")
+    return getattr(importlib.import_module(f"data.{dataset}"), "REWARD_NAME", "exact, as the task defines it")
 
 
 def pair_scores(model: ScalarModel, tokenizer: Tokenizer, prompts: list[str], responses: list[str]) -> torch.Tensor:
@@ -191,6 +191,7 @@ class Bank:
     rewards: torch.Tensor  # (M, N) gold rewards of pi_ref's responses
     lengths: torch.Tensor  # (M, N) tokens of the responses, EOS counted
     responses: list[list[str]]
+    gold: str = "exact, as the task defines it"  # what `rewards` are, in words
 
 
 def ensure_bank(base: Path, dataset: str, preset: str, ref: GPT, tokenizer: Tokenizer, weights: str,
@@ -212,7 +213,7 @@ def ensure_bank(base: Path, dataset: str, preset: str, ref: GPT, tokenizer: Toke
                             "responses": texts[i * N:(i + 1) * N]} for i, prompt in enumerate(prompts)))
     rows = read_jsonl(path, {"prompt": str, "rewards": list, "lengths": list, "responses": list})
     return Bank([row["prompt"] for row in rows], torch.tensor([row["rewards"] for row in rows]),
-                torch.tensor([row["lengths"] for row in rows]), [row["responses"] for row in rows])
+                torch.tensor([row["lengths"] for row in rows]), [row["responses"] for row in rows], reward_name(dataset, base))
 
 
 def test_prompts(dataset: str) -> list[str]:
@@ -326,9 +327,9 @@ def report(folder: Path, name: str, policy: GPT, ref: GPT, tokenizer: Tokenizer,
     """
     sampled = sample_policy(policy, ref, tokenizer, bank.prompts, gold)
     rows = summary(bank, {name: sampled}, end_beta)
-    print_table(rows)
+    print_table(rows, bank.gold)
     print_samples(bank, sampled)
-    write_json(folder / "evaluation.json", {**result, "name": name, "table": rows})
+    write_json(folder / "evaluation.json", {**result, "name": name, "gold": bank.gold, "table": rows})
     write_jsonl(folder / "samples.jsonl", ({"prompt": prompt, "before": before[0], "before_reward": r0, "after": after[0],
                                             "after_reward": r1} for prompt, before, r0, after, r1 in
                                            zip(bank.prompts, bank.responses, bank.rewards[:, 0].tolist(),
@@ -336,7 +337,7 @@ def report(folder: Path, name: str, policy: GPT, ref: GPT, tokenizer: Tokenizer,
     return rows
 
 
-def print_table(rows: dict[str, dict]) -> None:
+def print_table(rows: dict[str, dict], gold: str) -> None:
     width = max(map(len, rows))
     print(f"\n{'':{width}}  {'gold reward':>15}  {'KL, nats':>14}  {'of optimum':>10}  {'length':>12}  {'wins vs SFT':>11}")
     for name, r in rows.items():
@@ -345,6 +346,7 @@ def print_table(rows: dict[str, dict]) -> None:
         kl = f"{r['kl']:.2f} +- {r['kl_se']:.2f}" if not name.startswith("best") else f"<= {r['kl']:.2f}"
         print(f"{name:{width}}  {r['reward']:.3f} +- {r['reward_se']:.3f}  {kl:>14}  {share:>10}  "
               f"{r['length']:5.1f} +- {r['length_se']:.1f}  {wins:>11}")
+    print(f"gold reward: {gold}")
 
 
 def print_samples(bank: Bank, policy: Policy, count: int = 3) -> None:
@@ -393,7 +395,7 @@ def main(runs: list[str]) -> None:
     bank = ensure_bank(sft.parent, dataset, preset, ref, tokenizer, fingerprint(ref.state_dict()), gold)
     policies = {name: sample_policy(policy, ref, tokenizer, bank.prompts, gold) for name, (policy, _) in loaded.items()}
     rows = summary(bank, policies)
-    print_table(rows)
+    print_table(rows, bank.gold)
     for i, (a, policy_a) in enumerate(policies.items()):
         for b, policy_b in list(policies.items())[i + 1:]:
             print(f"{a} wins over {b}: {win_rate(policy_a.rewards, policy_b.rewards):.1%} of comparisons")

@@ -351,6 +351,7 @@ def main(config: Config) -> None:
     write_jsonl(folder / "results.jsonl", rows)
     lines = table(rows, bank)
     text = markdown(lines, bank)
+    text += f"\nGold reward: {bank.gold}.\n" if bank.gold != evaluate.Bank.gold else ""
     atomic_write(folder / "table.md", (text + "\n" + compare(lines)).encode())
     print(f"\n{text}\n{compare(lines)}")
     draw(rows, bank, config.dataset, folder)

@@ -403,7 +403,7 @@ def main(config: Config) -> None:
 
     # ---- 4) rows, table, samples, figure -----------------------------------------------------------------------------
     rows = summarise(points)
-    judged_by = config.judge or evaluate.reward_name(config.dataset, base)
+    judged_by = config.judge or f"the gold reward ({evaluate.reward_name(config.dataset, base)})"
     against = {"reference": "the reference summaries", "sft": "SFT at T = 0"}[against]
     text = markdown(rows, references, judged_by, against)
     write_jsonl(folder / "results.jsonl", rows)

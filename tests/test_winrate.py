@@ -239,7 +239,7 @@ def test_the_whole_figure(whole):
     assert at["test prompts", "best of n", 1.0, 1]["win_rate"] == by_n[0]  # of one there is nothing to choose
     assert at["test prompts", "best of n", 0.0, 4]["win_rate"] == at["test prompts", "SFT", 0.0, 1]["win_rate"]
     table = (whole / "table.md").read_text()
-    assert "judged by the exact gold reward" in table and "| best of 4 by the gold reward |" in table and "On news articles" in table
+    assert "judged by the gold reward (exact, as the task defines it)" in table and "| best of 4 by the gold reward |" in table and "On news articles" in table
     assert (whole / "winrate.png").stat().st_size > 10_000
     samples = read_jsonl(whole / "samples.jsonl", {"texts": str, "prompt": str, "reference": str, "SFT": str, "DPO": str})
     assert [row["texts"] for row in samples] == ["test prompts"] * 8 + ["news articles"] * 6
