@@ -152,14 +152,16 @@ def pair_scores(model: ScalarModel, tokenizer: Tokenizer, prompts: list[str], re
 
 
 def all_scores(model: ScalarModel, tokens: torch.Tensor, lengths: torch.Tensor, dtype: str = "auto") -> torch.Tensor:
-    """The score of every row, (N,), without gradient."""
+    """The score of every row, (N,), without gradient. Equal rows (a response is in several pairs) are scored once."""
+    different, where = torch.unique(torch.cat([tokens, lengths[:, None]], 1), dim=0, return_inverse=True)
+    tokens, lengths = different[:, :-1], different[:, -1]
     scores = torch.empty(len(tokens))
     with torch.no_grad():
         for rows in lengths.argsort(stable=True).split(256):
             with autocast(dtype):
                 scores[rows] = model.score(tokens[rows, :int(lengths[rows].max())].to(device()),
                                            lengths[rows].to(device())).cpu()
-    return scores
+    return scores[where]
 
 
 @torch.no_grad()

@@ -192,10 +192,8 @@ def result(run: Planned, held: list[list[dict]], path: str | Path) -> dict[str, 
     model, _ = load_run(folder, ScalarModel)
     tokenizer, rows = Tokenizer.load(folder / "tokenizer.tiktoken"), [row for pairs in held for row in pairs]
     pairs = encode_pairs(rows, tokenizer, model.config.block_size, path)
-    both = [tuple(p.prompt + p.chosen) for p in pairs] + [tuple(p.prompt + p.rejected) for p in pairs]
-    place = {ids: i for i, ids in enumerate(dict.fromkeys(both))}  # a response is in several pairs, and scored once
-    scores = evaluate.all_scores(model, *pad([list(ids) for ids in place], tokenizer.pad), run.config.dtype)
-    chosen, rejected = scores[[place[ids] for ids in both]].view(2, -1) * model.std.cpu()  # the scale of the loss
+    both = pad([p.prompt + p.chosen for p in pairs] + [p.prompt + p.rejected for p in pairs], tokenizer.pad)
+    chosen, rejected = evaluate.all_scores(model, *both, run.config.dtype).view(2, -1) * model.std.cpu()  # the loss's scale
     known = all({"chosen_reward", "rejected_reward"} <= row.keys() for row in rows)
     gold = torch.tensor([row["chosen_reward"] - row["rejected_reward"] for row in rows]) if known else None
     log = read_jsonl(folder / "log.jsonl", {"step": int})
