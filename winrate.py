@@ -186,7 +186,7 @@ def respond(folder: Path, name: str, policy: GPT, tokenizer: Tokenizer, prompts:
                       "scores": torch.cat([evaluate.all_scores(model, part.tokens, part.lengths, dtype) for part in parts])}
             for key, value in values.items():
                 for row, numbers in zip(rows, value.view(-1, samples).tolist()):
-                    row[key] = [round(number, 6) for number in numbers]
+                    row[key] = numbers  # not rounded: equal rewards are a tie
         write_jsonl(path, rows)
     return read_jsonl(path, {"prompt": str, "responses": list, "seed": int})
 

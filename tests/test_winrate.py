@@ -189,7 +189,7 @@ def small(tmp_path_factory) -> tuple[Path, Path]:
 
 def letters(text: str) -> float:
     """A reward for policies that know next to nothing: different letters of the summary. The references have 16 or so."""
-    return len(set(text.partition("TL;DR:")[2])) / 32
+    return len(set(text.partition("TL;DR:")[2])) / 31
 
 
 @contextmanager
@@ -224,7 +224,7 @@ def whole(small) -> Path:
     return small[1] / "runs/posts/winrate"
 
 
-def test_the_whole_figure(whole):
+def test_the_whole_figure(whole, small):
     """A row for every method and temperature, on both sets of prompts; best of n rises with n under the gold reward."""
     rows = read_jsonl(whole / "results.jsonl", {"method": str})
     at = {(row["texts"], row["method"], row["temperature"], row["n"]): row for row in rows}
@@ -234,6 +234,13 @@ def test_the_whole_figure(whole):
                 row = at[texts, method, t, 1]
                 assert 0 <= row["win_rate"] <= 1 and row["win_rate_se"] >= 0 and len(row["win_rate_of_seeds"]) == 2
                 assert row["win_rate"] == pytest.approx(sum(row["win_rate_of_seeds"]) / 2, abs=1e-4)
+    one = at["test prompts", "best of n", 1.0, 1]  # the mean over all responses, judged one by one, ties and all
+    references = {row["prompt"]: row["text"] for row in read_jsonl(small[0] / "data/posts/prepared/test.jsonl", {"text": str})}
+    judged = [(letters(row["prompt"] + text), letters(row["prompt"] + references[row["prompt"]]))
+              for path in whole.glob("responses/test-prompts-best-t1-*.jsonl")
+              for row in read_jsonl(path, {"responses": list}) for text in row["responses"]]
+    assert one["win_rate"] == pytest.approx(sum((a > b) + 0.5 * (a == b) for a, b in judged) / len(judged), abs=1e-5)
+    assert len(judged) == 2 * 8 * 4 and any(a == b for a, b in judged)
     by_n = [at["test prompts", "best of n by the gold reward", 1.0, n]["win_rate"] for n in (1, 2, 4)]
     assert by_n == sorted(by_n) and by_n[0] < by_n[-1]
     assert at["test prompts", "best of n", 1.0, 1]["win_rate"] == by_n[0]  # of one there is nothing to choose
