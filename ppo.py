@@ -90,7 +90,7 @@ class Config:
     resume: bool = False  # go on from the last checkpoint
 
     PRESETS: ClassVar[dict] = {("posts", "cpu"): dict(lr=2e-4, batch_size=128),
-                               ("tldr", "cpu"): dict(lr=1e-4, batch_size=64, steps=40),
+                               ("tldr", "cpu"): dict(lr=5e-5, batch_size=64, steps=25),
                                ("imdb", "cpu"): dict(lr=1e-4, batch_size=128, steps=60),
                                ("imdb", "gpu"): dict(lr=5e-5, batch_size=512, steps=200)}
 
