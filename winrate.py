@@ -325,8 +325,9 @@ def draw(rows: list[dict], references: dict[str, float], title: str, path: Path)
             if line:
                 axis.errorbar([row[x] for row in line], [row[y] for row in line], [row[f"{y}_se"] for row in line],
                               **style | ({"label": method} if axis is axes[3] else {}))
-    for axis, title in zip(axes, ("win rate", "length-controlled win rate", "words of a summary", "win rate of best of n at T = 1")):
-        axis.set(title=title, xlabel="sampling temperature" if axis is not axes[3] else "n")
+    above = "win rate", "length-controlled win rate", "words of a summary", "win rate of best of n at T = 1"
+    for axis, text in zip(axes, above):
+        axis.set(title=text, xlabel="sampling temperature" if axis is not axes[3] else "n")
         if axis is not axes[2]:
             axis.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
             axis.set_ylim(0, 1)
