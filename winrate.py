@@ -140,10 +140,10 @@ def length_controlled(win: torch.Tensor, log_ratio: torch.Tensor) -> torch.Tenso
         variance = p * (1 - p)
         hessian = torch.diag(torch.cat([variance.sum(1), (variance * x * x).sum()[None] + 1e-9]))
         hessian[:K, K] = hessian[K, :K] = (variance * x).sum(1)
-        step, size = torch.linalg.solve(hessian, gradient), 1.0
-        while likelihood(parameters + size * step) < likelihood(parameters) and size > 1e-6:  # Newton may overshoot
-            size /= 2
-        parameters = parameters + size * step
+        step = torch.linalg.solve(hessian, gradient)
+        while likelihood(parameters + step) < likelihood(parameters) and step.abs().max() > 1e-4:  # it may overshoot
+            step = step / 2
+        parameters = parameters + step
         if step.abs().max() < 1e-9:
             break
     return torch.sigmoid(parameters[:K])
