@@ -148,6 +148,9 @@ def pair_scores(model: ScalarModel, tokenizer: Tokenizer, prompts: list[str], re
     """A pairwise reward model's score of each response, (B,), encoded as in training: <bos> prompt response <eos>."""
     encoded = zip(*map(tokenizer.encode_batch, (prompts, responses)))
     tokens, lengths = pad([[tokenizer.bos] + prompt + response + [tokenizer.eos] for prompt, response in encoded], tokenizer.pad)
+    if int(lengths.max()) > model.config.block_size:
+        fail(f"a prompt and response have {int(lengths.max())} tokens, the block size of the reward model is "
+             f"{model.config.block_size}")
     return all_scores(model, tokens, lengths)
 
 

@@ -404,4 +404,7 @@ def test_the_pipeline_runs_on_tldr(root, prepared, tmp_path, monkeypatch, capsys
         ids = [tokenizer.bos, *tokenizer.encode(row["prompt"]), *tokenizer.encode(row["chosen"]), tokenizer.eos]
         assert reward == pytest.approx(torch.sigmoid(model(torch.tensor([ids]))[0, -1]).item(), abs=1e-5)
     assert "no finished run" in error(agreement.main, [str(tmp_path)], prepared)
+    monkeypatch.setattr(model.config, "block_size", 40)
+    assert "tokens, the block size of the reward model is 40" in error(evaluate.pair_scores, model, tokenizer,
+                                                                       [row["prompt"]], [row["chosen"]])
     assert "no pretrain.jsonl" in clone.run_here(root, tmp_path, "sft", "--on", "pretrain")

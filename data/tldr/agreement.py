@@ -1,7 +1,7 @@
 """With whom do people agree? ROUGE-L, the longer summary, other people, reward models: on the human comparisons.
 
     python data/tldr/agreement.py                                # the first three
-    python data/tldr/agreement.py runs/tldr/reward-model ...     # and reward models, finished runs
+    python data/tldr/agreement.py runs/tldr/reward-model-human ...     # and reward models, finished runs (see prepare.py)
 
 Two annotators of Stiennon et al. (2020) agree with each other in 73 to 77% of comparisons, so
 no scorer can be much better than that at telling what the next one will choose.
