@@ -69,7 +69,7 @@ class Config:
     sft: str = ""  # run folder of the SFT policy, if not runs/<dataset>/sft
     out: str = ""  # folder of the results, if not winrate beside the SFT policy
 
-    PRESETS: ClassVar[dict] = {("tldr", "cpu"): dict(best_of=8)}
+    PRESETS: ClassVar[dict] = {("tldr", "cpu"): dict(prompts=128, best_of=4)}
 
     def __post_init__(self) -> None:
         require_numbers(self, above_0="prompts best_of seeds", from_0="workers")
