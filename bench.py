@@ -147,14 +147,14 @@ def padding() -> None:
             real.append(int(n_rows[rows].sum()))
             computed.append(len(rows) * int(n_rows[rows].max()))
             response_logprobs(model, *(x[rows].to(device()) for x in (tokens, n_prompts, n_rows))).sum().backward()
-        report_padding("train on batches of " + name, measure(step, 100, 5), sum(real), sum(computed), len(real))
+        report_padding("train on batches of " + name, measure(step, 40, 3), sum(real), sum(computed), len(real))
     for name, sizes in (("72 to 148 tokens", n_prompts[:1024]), ("110 tokens", torch.full((1024,), 110))):
         prompts, hidden, real, computed = [[1] * n for n in sizes.tolist()], model.hidden, [], []
         model.hidden = lambda x, *rest: computed.append(x.numel()) or hidden(x, *rest)
 
         def sample() -> None:
             real.append(int((generate(model, prompts, 224, eos, 0, draw).lengths - 1).sum()))
-        report_padding("sample from prompts of " + name, measure(sample, 5, 1), sum(real), sum(computed), len(real))
+        report_padding("sample from prompts of " + name, measure(sample, 3, 1), sum(real), sum(computed), len(real))
         del model.hidden
 
 
