@@ -20,6 +20,7 @@ Writes  the bank beside the SFT run; evaluation.json into each run folder
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import math
 import time
@@ -219,6 +220,11 @@ def ensure_bank(base: Path, dataset: str, preset: str, ref: GPT, tokenizer: Toke
     rows = read_jsonl(path, {"prompt": str, "rewards": list, "lengths": list, "responses": list})
     return Bank([row["prompt"] for row in rows], torch.tensor([row["rewards"] for row in rows]),
                 torch.tensor([row["lengths"] for row in rows]), [row["responses"] for row in rows], reward_name(dataset, base))
+
+
+def prompt_id(prompt: str) -> str:
+    """What stands for a prompt where its text may not be repeated: the first 12 hex digits of its SHA-256."""
+    return hashlib.sha256(prompt.encode()).hexdigest()[:12]
 
 
 def test_prompts(dataset: str) -> list[str]:
