@@ -39,8 +39,10 @@ from typing import Callable, ClassVar, Literal, NamedTuple, Sequence
 
 import numpy as np
 
-from common import atomic_write, fail, parse, require, require_numbers, write_jsonl
-from data.comparisons import OUTCOMES, Rankings, read_comparisons
+from common import fail
+from common.files import atomic_write, write_jsonl
+from common.settings import parse, require, require_numbers
+from common.comparisons import OUTCOMES, Rankings, read_comparisons
 
 Matrix = np.ndarray
 

@@ -48,14 +48,17 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import data
+from common import tasks
 import evaluate
 import reward_model
 import sft
-from common import (device, fail, fingerprint, generator, parse, read_jsonl, require, require_numbers, warmup_cosine,
-                    write_jsonl)
-from data.tokenizer import Tokenizer
-from model import GPT, GPTConfig, Samples, generate, load_run, response_mask
+from common import fail
+from common.files import read_jsonl, write_jsonl
+from common.settings import parse, require, require_numbers
+from common.training import device, fingerprint, generator, warmup_cosine
+from common.tokenizer import Tokenizer
+from common.run import load_run
+from model import GPT, GPTConfig, Samples, generate, response_mask
 
 Array = np.ndarray
 LABELS = {"bridge": 30_720, "track": 8 * 370, "distill": 8000}  # of the whole run: states, states, responses
@@ -387,7 +390,7 @@ def distill(config: Config) -> tuple[list[dict], list[Distilled]]:
     evaluate.check_same_task(folder, meta, {"dataset": "reviews", "tokenizer": tokenizer.fingerprint})
     gold = reward_model.ensure_gold(folder, "reviews", "cpu")
     bank = evaluate.ensure_bank(folder.parent, "reviews", "cpu", teacher, tokenizer, fingerprint(teacher.state_dict()), gold)
-    texts = [row["prompt"] for row in read_jsonl(data.ensure("reviews") / "prompts_train.jsonl", {"prompt": str})]
+    texts = [row["prompt"] for row in read_jsonl(tasks.ensure("reviews") / "prompts_train.jsonl", {"prompt": str})]
     prompts = [[tokenizer.bos] + ids for ids in tokenizer.encode_batch(texts)]
     block_size, each = teacher.config.block_size, config.labels // config.iterations
 

@@ -34,11 +34,14 @@ from tqdm import tqdm
 import evaluate
 import reward_model
 import sft
-from common import (Run, adamw, atomic_write, autocast, batches, check_folder, device, fingerprint, pad, parse,
-                    require, require_numbers, runs_folder, sha256)
-from data.pairs import default_labels, encode_pairs, ensure_pairs, label_scale, read_pairs
-from data.tokenizer import Tokenizer
-from model import load_run, response_logprobs, summed_logprobs
+from common.files import atomic_write, sha256
+from common.run import Run, check_folder
+from common.settings import parse, require, require_numbers, runs_folder
+from common.training import adamw, autocast, batches, device, fingerprint, pad
+from common.pairs import default_labels, encode_pairs, ensure_pairs, label_scale, read_pairs
+from common.tokenizer import Tokenizer
+from common.run import load_run
+from model import response_logprobs, summed_logprobs
 
 
 @dataclass

@@ -30,12 +30,16 @@ from typing import Callable
 
 import torch
 
-from common import (Parser, Run, autocast, compare_settings, device, fail, fingerprint, pad, read_json, read_jsonl, write_json,
-                    write_jsonl)
-from data import ensure as ensure_data
-from data.pairs import sampled_responses
-from data.tokenizer import Tokenizer
-from model import GPT, ScalarModel, load_run, summed_logprobs
+from common import fail
+from common.files import read_json, read_jsonl, write_json, write_jsonl
+from common.run import Run, compare_settings
+from common.settings import Parser
+from common.training import autocast, device, fingerprint, pad
+from common.tasks import ensure as ensure_data
+from common.pairs import sampled_responses
+from common.tokenizer import Tokenizer
+from common.run import load_run
+from model import GPT, ScalarModel, summed_logprobs
 
 # (dataset, preset): test prompts, and bank responses for each
 SIZES = {("reviews", "cpu"): (128, 256), ("posts", "cpu"): (128, 64), ("tldr", "cpu"): (128, 64), ("imdb", "cpu"): (256, 64),

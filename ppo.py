@@ -44,14 +44,18 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-import data
+from common import tasks
 import evaluate
 import reward_model
 import sft
-from common import (Run, adamw, autocast, batches, check_folder, defaults, device, fail, fingerprint, finished, generator,
-                    parse, read_jsonl, require, require_numbers, runs_folder, sha256)
-from data.tokenizer import Tokenizer
-from model import GPT, Samples, ScalarModel, generate, load_run, response_logprobs, response_mask
+from common import fail
+from common.files import read_jsonl, sha256
+from common.run import Run, check_folder, finished
+from common.settings import defaults, parse, require, require_numbers, runs_folder
+from common.training import adamw, autocast, batches, device, fingerprint, generator
+from common.tokenizer import Tokenizer
+from common.run import load_run
+from model import GPT, Samples, ScalarModel, generate, response_logprobs, response_mask
 
 
 @dataclass
@@ -259,7 +263,7 @@ def train(config: Config) -> Path:
     # ---- 1) the reference policy, the reward, the prompts ------------------------------------------------------------
     check_folder(config)
     if config.reward not in ("model", "gold") and not Path(config.reward).is_dir():
-        tried = [row["prompt"] for row in read_jsonl(data.ensure(config.dataset) / "prompts_train.jsonl", {"prompt": str})][:2]
+        tried = [row["prompt"] for row in read_jsonl(tasks.ensure(config.dataset) / "prompts_train.jsonl", {"prompt": str})][:2]
         user_function(config.reward)(tried, [" a response"] * len(tried))  # before an hour of training
     sft_folder = sft.ensure(config.sft, config.dataset, config.preset, config.dtype)
     base = sft_folder.parent
@@ -272,7 +276,7 @@ def train(config: Config) -> Path:
     gold = reward_model.ensure_gold(sft_folder, config.dataset, config.preset, config.dtype)
     scorer, learned, reward_id = find_reward(config, gold, task, ref.config.block_size)
     bank = evaluate.ensure_bank(base, config.dataset, config.preset, ref, tokenizer, weights, gold)
-    texts = [row["prompt"] for row in read_jsonl(data.ensure(config.dataset) / "prompts_train.jsonl", {"prompt": str})]
+    texts = [row["prompt"] for row in read_jsonl(tasks.ensure(config.dataset) / "prompts_train.jsonl", {"prompt": str})]
     prompts = [[tokenizer.bos] + ids for ids in tokenizer.encode_batch(texts)]
     block_size = ref.config.block_size
     if min(config.batch_size, len(prompts) * config.samples) < config.minibatches:

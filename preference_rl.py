@@ -33,7 +33,9 @@ from typing import Callable, ClassVar
 
 import numpy as np
 
-from common import fail, parse, require, require_numbers, write_jsonl
+from common import fail
+from common.files import write_jsonl
+from common.settings import parse, require, require_numbers
 
 Array = np.ndarray
 

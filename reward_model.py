@@ -26,14 +26,18 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import data
+from common import tasks
 import evaluate
 import sft
-from common import (Run, adamw, autocast, batches, check_folder, defaults, device, fail, finished, fingerprint, generator,
-                    pad, parse, read_jsonl, require, require_numbers, runs_folder, sha256, warmup_cosine)
-from data.pairs import encode_pairs, ensure_pairs, read_pairs
-from data.tokenizer import Tokenizer
-from model import GPT, GPTConfig, ScalarModel, load_run
+from common import fail
+from common.files import read_jsonl, sha256
+from common.run import Run, check_folder, finished
+from common.settings import defaults, parse, require, require_numbers, runs_folder
+from common.training import adamw, autocast, batches, device, fingerprint, generator, pad, warmup_cosine
+from common.pairs import encode_pairs, ensure_pairs, read_pairs
+from common.tokenizer import Tokenizer
+from common.run import load_run
+from model import GPT, GPTConfig, ScalarModel
 
 
 @dataclass
@@ -112,7 +116,7 @@ def train(config: Config) -> Path:
     check_folder(config)
     own_pairs = read_pairs(config.pairs) if config.pairs else []
     if config.on == "labels":
-        path = data.ensure(config.dataset) / "train.jsonl"
+        path = tasks.ensure(config.dataset) / "train.jsonl"
         documents = [row for row in read_jsonl(path, {"text": str}) if row.get("label") is not None]
         if not documents:
             fail(f"--on labels: no row of {path} has a label")
@@ -230,7 +234,7 @@ MIN_COMPARISONS = 10_000  # fewer human comparisons than these make no judge
 def ensure_gold(sft_folder: Path, dataset: str, preset: str, dtype: str = "auto") -> evaluate.GoldReward:
     """The task's gold reward. Where that is a model it is trained if it is missing: a classifier of the labelled documents,
     or a reward model of the human comparisons where the dataset has enough of them (its own reward is a stand-in then)."""
-    comparisons = data.ensure(dataset) / "comparisons_train.jsonl"
+    comparisons = tasks.ensure(dataset) / "comparisons_train.jsonl"
     human = comparisons.exists() and len(read_pairs(comparisons)) >= MIN_COMPARISONS
     if human or not evaluate.has_exact_reward(dataset):
         # 640: the longest prompt and summary that data/tldr/prepare.py lets pass

@@ -26,13 +26,18 @@ from typing import ClassVar, Literal
 import torch
 from tqdm import tqdm
 
-import data
+from common import tasks
 import evaluate
-from common import (Run, autocast, batches, check_folder, defaults, device, fail, fingerprint, finished, pad, parse,
-                    read_jsonl, require, require_numbers, runs_folder, sha256, warmup_cosine)
-from data.pairs import default_labels, encode_pairs, read_pairs
-from data.tokenizer import Tokenizer
-from model import GPT, GPTConfig, GPT2_NAMES, from_pretrained, load_run, pretrained_folder, response_logprobs, summed_logprobs
+from common import fail
+from common.files import read_jsonl, sha256
+from common.run import Run, check_folder, finished
+from common.settings import defaults, parse, require, require_numbers, runs_folder
+from common.training import autocast, batches, device, fingerprint, pad, warmup_cosine
+from common.pairs import default_labels, encode_pairs, read_pairs
+from common.tokenizer import Tokenizer
+from common.gpt2 import GPT2_NAMES, from_pretrained, pretrained_folder
+from common.run import load_run
+from model import GPT, GPTConfig, response_logprobs, summed_logprobs
 
 
 @dataclass
@@ -136,7 +141,7 @@ def train(config: Config) -> Path:
     # ---- 1) data: rows of ids; the loss counts positions from prompt_lengths on --------------------------------------
     check_folder(config)
     pair_rows = read_pairs(config.pairs) if config.on == "chosen" else []
-    folder = data.ensure(config.dataset)
+    folder = tasks.ensure(config.dataset)
     if config.on == "pretrain" and not (folder / "pretrain.jsonl").exists():
         fail(f"--on pretrain: {folder} has no pretrain.jsonl")
     if config.on == "documents" and (config.dataset, config.preset, "pretrain") in config.PRESETS:

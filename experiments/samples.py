@@ -17,8 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, for the imports below
 
-from common import ROOT, Parser, fail, read_jsonl  # noqa: E402
-from data import check_prepared  # noqa: E402
+from common import ROOT, fail  # noqa: E402
+from common.files import read_jsonl  # noqa: E402
+from common.settings import Parser  # noqa: E402
+from common.tasks import check_prepared  # noqa: E402
 from evaluate import prompt_id  # noqa: E402
 
 

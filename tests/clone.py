@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import common
-import data
+from common import tasks
 from data.reviews.grammar import gold_reward, sample_review
-from data.tokenizer import train_bpe
+from common.tokenizer import train_bpe
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("sft", "reward_model", "dpo", "ppo", "evaluate")
@@ -27,7 +27,8 @@ TINY = "--n-layer 1 --n-embd 32 --n-head 2 --batch-size 8 --steps 80 --warmup 5 
 
 def make(root: Path) -> Path:
     """The copy, at `root`: the scripts, data/, and 300 reviews with a tokenizer of 400."""
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("data/*/*.py")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("common/*.py"), *ROOT.glob("experiments/*.py"), *ROOT.glob("data/*.py"),
+                 *ROOT.glob("data/*/*.py")]:
         target = root / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
@@ -53,10 +54,10 @@ def prepare(root: Path, labels: bool = True) -> None:
         for name, rows in {"train": documents[:300], "test": documents[300:340],
                            "prompts_train": [{"prompt": prompt} for prompt in prompts[:60]],
                            "prompts_test": [{"prompt": prompt} for prompt in prompts[60:68]]}.items():
-            common.write_jsonl(folder / f"{name}.jsonl", rows)
+            common.files.write_jsonl(folder / f"{name}.jsonl", rows)
         return {}
 
-    data.publish(root / "data" / "reviews" / "prepared", "reviews", write)
+    tasks.publish(root / "data" / "reviews" / "prepared", "reviews", write)
 
 
 def environment() -> dict[str, str]:
@@ -75,9 +76,9 @@ def run_here(root: Path, cwd: Path, script: str, *argv: str) -> int | str | None
 
     Returns what the script exits with: 0, a status, or the message that a real process writes to stderr before status 1.
     """
-    module = importlib.import_module(script)
+    module = importlib.import_module(script.replace("/", "."))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "ROOT", root)
+        patch.setattr(tasks, "ROOT", root)
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(sys, "excepthook", sys.excepthook)
         patch.chdir(cwd)
@@ -85,7 +86,7 @@ def run_here(root: Path, cwd: Path, script: str, *argv: str) -> int | str | None
             if script == "evaluate":
                 module.main([*map(str, argv)])
             else:
-                config = common.parse(module.Config, module.__doc__, [*map(str, argv)])
+                config = common.settings.parse(module.Config, module.__doc__, [*map(str, argv)])
                 module.main(config) if hasattr(module, "main") else module.train(config)
         except SystemExit as stop:
             return stop.code

@@ -22,12 +22,12 @@ OFFLINE = ROOT / "tests" / "offline"  # a sitecustomize.py, which the processes 
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(OFFLINE), os.environ.get("PYTHONPATH")]))
 runpy.run_path(str(OFFLINE / "sitecustomize.py"))
 
-import data  # noqa: E402  (after the path is set)
+from common import tasks  # noqa: E402  (after the path is set)
 import evaluate  # noqa: E402
 import sft  # noqa: E402
-from common import write_jsonl  # noqa: E402
+from common.files import write_jsonl  # noqa: E402
 from data.reviews.grammar import gold_reward, sample_review  # noqa: E402
-from data.tokenizer import train_bpe  # noqa: E402
+from common.tokenizer import train_bpe  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 
@@ -76,7 +76,7 @@ def small_reviews_folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def small_reviews(small_reviews_folder, monkeypatch) -> Path:
     """The scripts find the small task in place of `reviews`, and evaluate on 8 prompts, 16 responses of the reference each."""
-    monkeypatch.setattr(data, "ensure", lambda dataset: small_reviews_folder)
+    monkeypatch.setattr(tasks, "ensure", lambda dataset: small_reviews_folder)
     monkeypatch.setattr(evaluate, "ensure_data", lambda dataset: small_reviews_folder)
     monkeypatch.setitem(evaluate.SIZES, ("reviews", "cpu"), (8, 16))
     return small_reviews_folder
@@ -86,7 +86,7 @@ def small_reviews(small_reviews_folder, monkeypatch) -> Path:
 def sft_run(small_reviews_folder, tmp_path_factory) -> Path:
     """The folder of a finished SFT run on it: one layer of 32 channels, 40 steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "ensure", lambda dataset: small_reviews_folder)
+        patch.setattr(tasks, "ensure", lambda dataset: small_reviews_folder)
         return sft.train(sft.Config(out=str(tmp_path_factory.mktemp("runs") / "sft"), n_layer=1, n_head=2, n_embd=32,
                                     block_size=112, steps=40, batch_size=16, warmup=5, lr=2e-2))
 

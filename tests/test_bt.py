@@ -12,8 +12,8 @@ import torch
 
 import bt
 import clone
-from common import parse
-from data.comparisons import Comparisons, Rankings, read_comparisons
+from common.settings import parse
+from common.comparisons import Comparisons, Rankings, read_comparisons
 
 # Ragged: pairs that met often, once, on one side only, or not at all
 WINS = np.array([[0, 7, 3, 0, 12], [4, 0, 9, 2, 0], [1, 8, 0, 5, 6], [0, 3, 2, 0, 1], [5, 0, 4, 6, 0]])

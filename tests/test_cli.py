@@ -25,22 +25,22 @@ import clone
 import common
 import dagger
 import dpo
-import frontier
+from experiments import frontier
 import ppo
 import preference_rl
 import reward_model
-import scaling
+from experiments import scaling
 import sft
-import winrate
-from data.tokenizer import Tokenizer
-from model import load_run
+from experiments import winrate
+from common.tokenizer import Tokenizer
+from common.run import load_run
 from clone import root  # noqa: F401  (a fixture)
 from test_faults import tree
 
 ALGORITHMS = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "ppo": ppo}
-CONFIGS = {**ALGORITHMS, "frontier": frontier, "bt": bt, "preference_rl": preference_rl, "dagger": dagger,
-           "scaling": scaling, "winrate": winrate}
-SOURCES = [*clone.ROOT.glob("*.py"), *clone.ROOT.glob("data/*.py"), *clone.ROOT.glob("data/*/*.py")]
+CONFIGS = {**ALGORITHMS, "bt": bt, "preference_rl": preference_rl, "dagger": dagger, "experiments/frontier": frontier,
+           "experiments/scaling": scaling, "experiments/winrate": winrate}
+SOURCES = [*clone.ROOT.glob("*.py"), *clone.ROOT.glob("common/*.py"), *clone.ROOT.glob("experiments/*.py"), *clone.ROOT.glob("data/*.py"), *clone.ROOT.glob("data/*/*.py")]
 ROW = {"prompt": "The film was", "chosen": " good.", "rejected": " bad."}
 
 
@@ -132,7 +132,7 @@ def test_every_number_has_a_range(script, name, value):
     """nan passes every `if x <= 0`, and inf trains a model of NaNs: no number of any Config takes them, nor a -1."""
     flag = "--" + name.replace("_", "-")
     with pytest.raises(SystemExit, match=f"^error: {flag} .*: must be "):
-        common.parse(CONFIGS[script].Config, "", [flag, value])
+        common.settings.parse(CONFIGS[script].Config, "", [flag, value])
 
 
 @pytest.mark.parametrize("argv, expected", [
@@ -368,7 +368,7 @@ def test_evaluate_takes_the_reference_that_the_run_was_trained_from(root, work, 
     assert "a/run " in table and "b/run " in table
     policy, _ = load_run(tmp_path / "mine/policy")
     bank = json.loads((tmp_path / "mine/bank/config.json").read_text())
-    assert bank["policy"] == common.fingerprint(policy.state_dict())
+    assert bank["policy"] == common.training.fingerprint(policy.state_dict())
     assert {"SFT", "a/run"} <= json.loads((tmp_path / "a/run/evaluation.json").read_text())["compared"].keys()
     other_tokenizer(tmp_path / "mine/policy")
     assert "policy was trained with tokenizer '" in clone.run_here(root, tmp_path, "evaluate", "a/run")
@@ -444,7 +444,7 @@ def test_a_reward_that_fails_later_stops_the_run(root, work, tmp_path):
     said = clone.run_here(root, tmp_path, "ppo", "--sft", work / "runs/reviews/sft", "--reward", name, "--batch-size", "8",
                           "--out", "run")
     assert said.startswith(f"error: --reward {name}: returned None for response 0 (") and "\n" not in said
-    assert common.load_checkpoint(tmp_path / "run/checkpoint.pt") is None and not (tmp_path / "run/model.pt").exists()
+    assert common.run.load_checkpoint(tmp_path / "run/checkpoint.pt") is None and not (tmp_path / "run/model.pt").exists()
 
 
 def test_a_reward_whose_file_has_changed_is_another_one(root, work, tmp_path):
@@ -492,7 +492,8 @@ def test_a_real_process_says_one_line_and_exits_1_at_once(script, argv, expected
 
 def test_import_draws_in_no_library_that_only_some_runs_need():
     """--help and every mistake wait for the imports, so figures and GPT-2 weights are imported where they are used."""
-    program = ("import sys, sft, reward_model, dpo, ppo, evaluate, frontier, winrate, scaling, bt, preference_rl, dagger\n"
+    program = ("import sys, sft, reward_model, dpo, ppo, evaluate, bt, preference_rl, dagger\n"
+               "from experiments import frontier, winrate, scaling\n"
                "print(*{name.split('.')[0] for name in sys.modules})")
     modules = subprocess.run([sys.executable, "-c", program], cwd=clone.ROOT, capture_output=True, text=True, check=True,
                              env=clone.environment()).stdout.split()
@@ -512,12 +513,12 @@ def test_help_shows_every_flag_with_reason_and_default(script, dataset, capsys):
     """The defaults shown are those of the dataset asked about, because they are the ones that will be used."""
     config = ALGORITHMS[script].Config
     with pytest.raises(SystemExit) as stop:
-        common.parse(config, ALGORITHMS[script].__doc__, ["--dataset", dataset, "--help"])
+        common.settings.parse(config, ALGORITHMS[script].__doc__, ["--dataset", dataset, "--help"])
     assert stop.value.code == 0
-    shown, reasons = packed(capsys.readouterr().out), common.comments(config)
+    shown, reasons = packed(capsys.readouterr().out), common.settings.comments(config)
     assert packed(ALGORITHMS[script].__doc__.splitlines()[0]) in shown
     for field in dataclasses.fields(config):
-        default = {**dataclasses.asdict(common.defaults(config, dataset)), "out": ""}[field.name]
+        default = {**dataclasses.asdict(common.settings.defaults(config, dataset)), "out": ""}[field.name]
         assert len(reasons[field.name]) > 3, f"{field.name} has no reason"
         flag, text = field.name.replace("_", "-"), f"{reasons[field.name]}[{default if default != '' else 'none'}]"
         assert re.search(rf"--{flag}(STR|INT|FLOAT|{{[\w,-]+}})?{re.escape(packed(text))}", shown), field.name
@@ -525,12 +526,13 @@ def test_help_shows_every_flag_with_reason_and_default(script, dataset, capsys):
 
 @pytest.mark.parametrize("prepare", [*clone.ROOT.glob("data/*/prepare.py")], ids=lambda path: path.parent.name)
 def test_the_scripts_can_prepare_every_dataset(prepare):
-    """data.ensure calls prepare(out=FOLDER): on a fresh clone that is the first thing that happens."""
+    """tasks.ensure calls prepare(out=FOLDER): on a fresh clone that is the first thing that happens."""
     inspect.signature(importlib.import_module(f"data.{prepare.parent.name}.prepare").prepare).bind(out=Path())
 
 
-@pytest.mark.parametrize("script", [*clone.SCRIPTS, "frontier", "winrate", "scaling", "bt", "preference_rl", "dagger",
-                                    "data/reviews/prepare", "data/imdb/prepare", "data/tldr/prepare", "data/tldr/agreement"])
+@pytest.mark.parametrize("script", [*clone.SCRIPTS, "bt", "preference_rl", "dagger", "experiments/frontier", "experiments/winrate",
+                                    "experiments/scaling", "experiments/agreement", "experiments/samples",
+                                    "data/reviews/prepare", "data/imdb/prepare", "data/tldr/prepare"])
 def test_help_of_every_script_exits_0_and_does_nothing(script, root, tmp_path, monkeypatch, capsys):
     """Asking what a script does must not do it."""
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
@@ -567,7 +569,7 @@ def reads(path: Path) -> set[str]:
 def test_no_dead_flags(script):
     """A flag that nothing reads is the commonest defect of this field's code: it is set, believed and ignored."""
     fields = {field.name for field in dataclasses.fields(CONFIGS[script].Config)}
-    by_run = reads(clone.ROOT / "common.py") & {"resume", "out", "checkpoint_every"}
+    by_run = reads(clone.ROOT / "common/run.py") & {"resume", "out", "checkpoint_every"}
     assert fields - reads(clone.ROOT / f"{script}.py") - by_run == set()
 
 
@@ -600,7 +602,7 @@ def test_own_pairs_end_to_end(root, work):
     table = json.loads((folder / "evaluation.json").read_text())["table"]
     assert {"SFT", "DPO beta 0.1", "best of 16"} <= set(table)
     assert {"reward", "reward_se", "kl", "kl_se", "length", "share"} <= set(table["DPO beta 0.1"])
-    samples = common.read_jsonl(folder / "samples.jsonl", {"prompt": str, "before": str, "after": str, "before_reward": float,
+    samples = common.files.read_jsonl(folder / "samples.jsonl", {"prompt": str, "before": str, "after": str, "before_reward": float,
                                                            "after_reward": float})
     assert len(samples) == 8
     assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")

@@ -13,14 +13,15 @@ import pytest
 import torch
 
 import dpo
-import frontier
+from experiments import frontier
 import ppo
 import reward_model
-import scaling
+from experiments import scaling
 import sft
-import winrate
-from common import (Run, adamw, autocast, batches, comments, defaults, fingerprint, generator, pad, parse, preset_of, require,
-                    warmup_cosine)
+from experiments import winrate
+from common.run import Run
+from common.settings import comments, defaults, parse, preset_of, require
+from common.training import adamw, autocast, batches, fingerprint, generator, pad, warmup_cosine
 from conftest import tiny_gpt
 from model import GPTConfig, ScalarModel
 

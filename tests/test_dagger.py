@@ -14,13 +14,15 @@ import torch.nn.functional as F
 
 import clone
 import dagger
-import data
+from common import tasks
 import evaluate
 from clone import root  # noqa: F401  (a fixture)
-from common import generator, parse
+from common.settings import parse
+from common.training import generator
 from conftest import every_response, naive_logprobs, tiny_gpt
 from dagger import A, M, W, Bridge, Config, Track, expected_cost, mixture
-from model import generate, load_run, response_logprobs
+from common.run import load_run
+from model import generate, response_logprobs
 
 
 @pytest.fixture
@@ -427,7 +429,7 @@ def test_distillation_asks_about_the_teachers_samples_or_about_the_students_own(
     monkeypatch.setattr(dagger, "generate", spy)
     monkeypatch.setattr(evaluate, "sample_policy", lambda *a, **k: (kls.append(p := sample_policy(*a, **k)), p)[1])
     monkeypatch.setattr(dagger, "tqdm", functools.partial(dagger.tqdm, disable=True))
-    monkeypatch.setattr(data, "ROOT", root)
+    monkeypatch.setattr(tasks, "ROOT", root)
     monkeypatch.setitem(evaluate.SIZES, ("reviews", "cpu"), (8, 4))
     dagger.main(Config(task="distill", sft=str(sft), labels=16, iterations=2, steps=6, seeds=2, out=str(tmp_path)))
 

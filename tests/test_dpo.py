@@ -10,12 +10,14 @@ import pytest
 import torch
 
 import dpo
-from common import adamw, batches, pad, sha256
+from common.files import sha256
+from common.training import adamw, batches, pad
 from conftest import every_response, log_of, naive_logprobs, tiny_gpt
-from data.pairs import encode_pairs, read_pairs
-from data.tokenizer import Tokenizer
+from common.pairs import encode_pairs, read_pairs
+from common.tokenizer import Tokenizer
 from dpo import dpo_loss, unlikelihood_loss
-from model import load_run, response_logprobs, summed_logprobs
+from common.run import load_run
+from model import response_logprobs, summed_logprobs
 from ppo import compute_gae, compute_rewards, policy_loss
 from reward_model import reward_loss
 

@@ -11,14 +11,15 @@ import common
 import dpo
 import evaluate
 import sft
-from common import sha256
+from common.files import sha256
 from conftest import log_of, tiny_gpt
 from data.reviews.grammar import gold_reward
-from data.tokenizer import Tokenizer, train_bpe
+from common.tokenizer import Tokenizer, train_bpe
 from evaluate import (Bank, Policy, best_of_n_kl, best_of_n_weights, beta_at, classifier_logits, effective_sample_size,
                       frontier, mean_and_error, optimal_kl, optimal_reward, optimal_weights, sample_policy, share_of_optimum,
                       summary, win_rate)
-from model import GPTConfig, ScalarModel, load_run
+from common.run import load_run
+from model import GPTConfig, ScalarModel
 
 
 def uniform(*shape, seed=0):
@@ -295,7 +296,7 @@ def test_evaluating_on_the_way_changes_no_weight(short_run):
 def test_evaluating_takes_none_of_the_seconds_of_training(short_run, monkeypatch):
     """On a clock on which an evaluation takes 100 s and a step 1 s, training takes 6 s. And a number of steps that does not
     divide the run does not keep it from being evaluated at its end."""
-    now, measure, finite = 1000.0, evaluate.measure, common.Run.check_finite
+    now, measure, finite = 1000.0, evaluate.measure, common.run.Run.check_finite
 
     def passes(seconds, function):
         def slow(*args, **keywords):
@@ -304,7 +305,7 @@ def test_evaluating_takes_none_of_the_seconds_of_training(short_run, monkeypatch
             return function(*args, **keywords)
         return slow
     monkeypatch.setattr(evaluate, "measure", passes(100.0, measure))
-    monkeypatch.setattr(common.Run, "check_finite", passes(1.0, finite))
+    monkeypatch.setattr(common.run.Run, "check_finite", passes(1.0, finite))
     monkeypatch.setattr(time, "time", lambda: now)
     folder = short_run("run", evaluate_every=4)
     assert list(evaluations(folder)) == [0, 4, STEPS]
@@ -321,9 +322,9 @@ def test_the_reference_stays_the_policy_that_was_started_from_also_after_a_resum
         save(path, state)
         if state["step"] == 4:
             raise Stopped
-    alone, save = short_run("alone", evaluate_every=2), common.save_checkpoint
+    alone, save = short_run("alone", evaluate_every=2), common.run.save_checkpoint
     with monkeypatch.context() as patch:
-        patch.setattr(common, "save_checkpoint", save_until_4)
+        patch.setattr(common.run, "save_checkpoint", save_until_4)
         with pytest.raises(Stopped):
             short_run("resumed", evaluate_every=2, checkpoint_every=0.0)
     resumed = short_run("resumed", evaluate_every=2, resume=True)

@@ -24,12 +24,12 @@ import torch
 import clone
 from clone import root  # noqa: F401  (a fixture)
 import common
-import data
+from common import tasks
 import dpo
 import ppo
 import reward_model
 import sft
-from data.tokenizer import Tokenizer
+from common.tokenizer import Tokenizer
 
 SEED = random.randrange(10**6)  # of the moments of the kills: another one every time, and shown where a test fails
 STAGES = {"sft": clone.TINY,
@@ -136,7 +136,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(stage, root, work, tmp_pat
     assert process.returncode == 130
     said = messages(errors)
     assert len(said) == 1 and "--resume" in said[0], errors
-    done = common.load_checkpoint(folder / "checkpoint.pt")["step"]
+    done = common.run.load_checkpoint(folder / "checkpoint.pt")["step"]
     assert said[0] == f"stopped after step {done}; go on with --resume" and done > last_step(folder)
     assert run(root, tmp_path, stage, *command, "--resume") == 0
     assert same_weights(folder, work / "runs/reviews" / stage) and log(folder) == log(work / "runs/reviews" / stage)
@@ -173,7 +173,7 @@ class Stopped(Exception):
 def interrupted_sft(root: Path, work: Path, tmp_path: Path, monkeypatch, steps: int = 9) -> tuple[Path, list]:
     """An SFT run that stopped after `steps` steps, with a checkpoint of each; and the command that goes on with it."""
     folder, count = tmp_path / "run", 0
-    save = common.save_checkpoint
+    save = common.run.save_checkpoint
 
     def save_some(path, state):
         nonlocal count
@@ -184,7 +184,7 @@ def interrupted_sft(root: Path, work: Path, tmp_path: Path, monkeypatch, steps: 
 
     command = [*arguments("sft", work), "--out", folder, *EVERY_STEP]
     with monkeypatch.context() as patch:
-        patch.setattr(common, "save_checkpoint", save_some)
+        patch.setattr(common.run, "save_checkpoint", save_some)
         with pytest.raises(Stopped):
             clone.run_here(root, tmp_path, "sft", *command)
     return folder, [*command, "--resume"]
@@ -193,14 +193,14 @@ def interrupted_sft(root: Path, work: Path, tmp_path: Path, monkeypatch, steps: 
 def test_the_checkpoint_before_is_kept(tmp_path):
     """save_checkpoint leaves two files: the newest, and the one before it."""
     path = tmp_path / "checkpoint.pt"
-    assert common.load_checkpoint(path) is None
+    assert common.run.load_checkpoint(path) is None
     for step in range(4):
-        common.save_checkpoint(path, {"step": step})
-        assert common.load_checkpoint(path) == {"step": step}
-    assert common.load_checkpoint(tmp_path / "checkpoint.prev.pt") == {"step": 2}
+        common.run.save_checkpoint(path, {"step": step})
+        assert common.run.load_checkpoint(path) == {"step": step}
+    assert common.run.load_checkpoint(tmp_path / "checkpoint.prev.pt") == {"step": 2}
     assert sorted(os.listdir(tmp_path)) == ["checkpoint.prev.pt", "checkpoint.pt"]
     path.unlink()  # a kill between the two renames of a save leaves only the one before
-    assert common.load_checkpoint(path) == {"step": 2}
+    assert common.run.load_checkpoint(path) == {"step": 2}
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 2], lambda b: b"", lambda b: b[:200] + bytes(300) + b[500:],
@@ -244,7 +244,7 @@ def without(files: dict, name: str) -> dict:
 def test_a_failing_write_leaves_the_old_file(where, tmp_path, monkeypatch):
     """No space at the last moment: one line, the old file as it was, and no half of a new one."""
     path = tmp_path / "checkpoint.pt"
-    common.save_checkpoint(path, {"step": 1})
+    common.run.save_checkpoint(path, {"step": 1})
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -252,8 +252,8 @@ def test_a_failing_write_leaves_the_old_file(where, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync" if where == "fsync" else "replace", full)
         with pytest.raises(SystemExit, match=r"^error: .*checkpoint.pt: cannot be written \(No space left on device\)$"):
-            common.save_checkpoint(path, {"step": 2})
-    assert common.load_checkpoint(path) == {"step": 1}
+            common.run.save_checkpoint(path, {"step": 2})
+    assert common.run.load_checkpoint(path) == {"step": 1}
     assert os.listdir(tmp_path) == ["checkpoint.pt"]
 
 
@@ -261,15 +261,15 @@ def test_a_failing_write_leaves_the_old_file(where, tmp_path, monkeypatch):
 def test_a_disk_that_fills_up_while_torch_saves(room, tmp_path):
     """The real thing, by the limit on the size of a file: torch makes a RuntimeError of it that tells nobody anything."""
     path = tmp_path / "checkpoint.pt"
-    common.save_checkpoint(path, {"step": 1})
+    common.run.save_checkpoint(path, {"step": 1})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
         with pytest.raises(SystemExit, match=r"cannot be written \(File too large\)$"):
-            common.save_checkpoint(path, {"step": 2, "weights": torch.ones(10_000)})  # 40,000 bytes and some
+            common.run.save_checkpoint(path, {"step": 2, "weights": torch.ones(10_000)})  # 40,000 bytes and some
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert common.load_checkpoint(path) == {"step": 1}
+    assert common.run.load_checkpoint(path) == {"step": 1}
     assert os.listdir(tmp_path) == ["checkpoint.pt"]
 
 
@@ -287,7 +287,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
-from common import load_checkpoint, save_checkpoint
+from common.run import load_checkpoint, save_checkpoint
 torch.set_num_threads(1)  # a fork does not copy the other threads, and a child that waits for them never wakes up
 when, parent = random.Random(int(sys.argv[2])), os.getpid()
 for kill in range(12):
@@ -422,9 +422,9 @@ def test_an_infinity_counts_as_well():
     """inf - inf is the NaN of the next step."""
     class Folder:
         folder = "runs/x"
-    common.Run.check_finite(Folder, 3, torch.tensor([5, 6]), loss=1.0)
+    common.run.Run.check_finite(Folder, 3, torch.tensor([5, 6]), loss=1.0)
     with pytest.raises(SystemExit, match=r"step 3: loss = 1.0, grad_norm = inf; rows \[5, 6\]"):
-        common.Run.check_finite(Folder, 3, torch.tensor([5, 6]), loss=1.0, grad_norm=float("inf"))
+        common.run.Run.check_finite(Folder, 3, torch.tensor([5, 6]), loss=1.0, grad_norm=float("inf"))
 
 
 # ---- what the stages build for one another ---------------------------------------------------------------------------
@@ -438,29 +438,29 @@ def test_a_prepared_folder_is_whole_or_not_there(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(SystemExit, match=r"^error: .*prepared: cannot be written \(No space left on device\)$"):
-        data.publish(folder, "x", fails)
+        tasks.publish(folder, "x", fails)
     assert os.listdir(tmp_path) == []
 
     left = tmp_path / f".prepared.{os.getpid()}.tmp"  # as kill -9 leaves it; in a container, the next process has its id
     left.mkdir()
     (left / "half.jsonl").write_text("{")
-    assert data.check_prepared(folder) is None
-    data.publish(folder, "x", lambda temporary: {"n": (temporary / "train.jsonl").write_text("{}\n")})
+    assert tasks.check_prepared(folder) is None
+    tasks.publish(folder, "x", lambda temporary: {"n": (temporary / "train.jsonl").write_text("{}\n")})
     assert sorted(os.listdir(folder)) == ["meta.json", "train.jsonl"] and os.listdir(tmp_path) == ["prepared"]
-    assert data.check_prepared(folder)["n"] == 3
+    assert tasks.check_prepared(folder)["n"] == 3
 
 
 def test_kill_in_the_middle_of_preparing(tmp_path):
     """kill -9 while the files are written: whoever looks for the folder finds none, and prepares it again."""
-    program = ("import sys; sys.path.insert(0, sys.argv[1]); import data; from pathlib import Path\n"
+    program = ("import sys; sys.path.insert(0, sys.argv[1]); from common import tasks; from pathlib import Path\n"
                "def write(folder):\n"
                "    (folder / 'train.jsonl').write_text('half'); print('writing', flush=True)\n"
                "    while True: pass\n"
-               "data.publish(Path('prepared'), 'x', write)")
+               "tasks.publish(Path('prepared'), 'x', write)")
     with subprocess.Popen([sys.executable, "-c", program, clone.ROOT], cwd=tmp_path, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"writing\n"
         process.kill()
-    assert data.check_prepared(tmp_path / "prepared") is None
+    assert tasks.check_prepared(tmp_path / "prepared") is None
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "no meta"])
@@ -477,10 +477,10 @@ def test_a_damaged_prepared_file_is_named(damage, root, tmp_path):
 
 def test_pairs_and_bank_say_what_they_were_made_of_before_they_exist(root, work, tmp_path, monkeypatch):
     """A kill between the file and its settings must not leave pairs or a bank that would pass for those of any policy."""
-    import data.pairs
+    import common.pairs
     import evaluate
     shutil.copytree(work / "runs/reviews/sft", tmp_path / "runs/reviews/sft")
-    for module, name in ((data.pairs, "pairs-bt"), (evaluate, "bank")):
+    for module, name in ((common.pairs, "pairs-bt"), (evaluate, "bank")):
         def killed(path, rows):
             raise Stopped
         with monkeypatch.context() as patch:

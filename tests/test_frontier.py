@@ -18,13 +18,14 @@ import torch
 import clone
 import dpo
 import evaluate
-import frontier
+from experiments import frontier
 import ppo
-import sweep
+from experiments import sweep
 from clone import root  # noqa: F401  (a fixture)
-from common import parse, read_jsonl
-from frontier import best_at, by_run, markdown, plan, reward_at, table
-from sweep import Planned, mean_se
+from common.files import read_jsonl
+from common.settings import parse
+from experiments.frontier import best_at, by_run, markdown, plan, reward_at, table
+from experiments.sweep import Planned, mean_se
 from test_faults import messages, tree, wait_for
 
 
@@ -271,12 +272,13 @@ EVERY = {"sft": 12, "dpo": 30, "ppo": 4}  # steps between evaluations
 SWEEP = """
 import importlib, json, sys
 sys.path.insert(0, sys.argv[1])
-import common, frontier
+import common.settings
+from experiments import frontier
 small, every = map(json.loads, sys.argv[2:4])
 frontier.EVERY = {(False, script): steps for script, steps in every.items()}
 frontier.GRIDS["paper"] = {method: (importlib.import_module(script), [settings], [settings])
                            for method, (script, settings) in small.items()}
-frontier.main(common.parse(frontier.Config, "", sys.argv[4:]))
+frontier.main(common.settings.parse(frontier.Config, "", sys.argv[4:]))
 """
 ARGUMENTS = "--sft runs/reviews/sft --seeds 1 --workers 1".split()
 SWEPT = Path("runs/reviews/frontier")
@@ -307,7 +309,7 @@ def run_sweep(root: Path, cwd: Path, popen=Here) -> int | str | None:
         patch.setattr(frontier, "EVERY", {(False, script): steps for script, steps in EVERY.items()})
         patch.setitem(frontier.GRIDS, "paper", {method: (importlib.import_module(script), [settings], [settings])
                                                 for method, (script, settings) in SMALL.items()})
-        return clone.run_here(root, cwd, "frontier", *ARGUMENTS)
+        return clone.run_here(root, cwd, "experiments/frontier", *ARGUMENTS)
 
 
 @pytest.fixture(scope="module")

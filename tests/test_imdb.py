@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 import clone
-from common import read_json, read_jsonl
+from common.files import read_json, read_jsonl
 from data.imdb import prepare as imdb
 from data.reviews.grammar import gold_reward, sample_review
-from data.tokenizer import Tokenizer, train_bpe
+from common.tokenizer import Tokenizer, train_bpe
 
 # The planted copies: 1 in train, 2 in test, 1 in unsup, 1 text in train and test, 2 in train and unsup, 1 in test and
 # unsup, and one text in train with both labels. Some copies are equal only after cleaning.
@@ -369,7 +369,7 @@ def test_the_whole_imdb_pipeline(tmp_path):
 
     run("data/imdb/prepare", "--archive", archive, "--vocab-size", 400)
     run("sft", *sft)
-    (root / "data" / "pairs.py").write_text((root / "data" / "pairs.py").read_text().replace("prompts=4000", "prompts=20"))
+    (root / "common" / "pairs.py").write_text((root / "common" / "pairs.py").read_text().replace("prompts=4000", "prompts=20"))
     (root / "evaluate.py").write_text((root / "evaluate.py").read_text().replace('"cpu"): (256, 64)', '"cpu"): (8, 8)'))
     out = run("dpo", "--dataset", "imdb", "--sft", "runs/imdb/sft", "--beta", 0.1, "--warmup", 2)
     assert "test accuracy 100 words" in out and "DPO beta 0.1" in out and "optimum" in out

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import model as model_module
-from common import autocast, generator, pad
+from common.training import autocast, generator, pad
 from conftest import every_response, naive_logprobs, tiny_gpt
-from model import (GPT, GPTConfig, ScalarModel, from_pretrained, generate, response_logprobs, response_mask, save_pretrained,
-                   summed_logprobs)
+from common.gpt2 import from_pretrained, save_pretrained
+from model import GPT, GPTConfig, ScalarModel, generate, response_logprobs, response_mask, summed_logprobs
 
 # rows of different shapes: (prompt, response)
 ROWS = [([1, 4, 5], [6, 7, 2]), ([1], [3, 3, 9, 10, 2]), ([1, 8, 2, 0, 6], [2]), ([1, 9], [4, 0, 8, 5, 5, 1, 7, 7, 3, 6])]

@@ -6,14 +6,15 @@ import pytest
 import torch
 
 import clone
-import data.pairs as pairs_module
+import common.pairs as pairs_module
 import dpo
 import reward_model
 from clone import root  # noqa: F401  (a fixture)
-from common import generator, pad, sha256, write_jsonl
+from common.files import sha256, write_jsonl
+from common.training import generator, pad
 from conftest import naive_logprobs, tiny_gpt
-from data.pairs import encode_pairs, label_pairs, read_pairs, sampled_responses
-from data.tokenizer import Tokenizer, train_bpe
+from common.pairs import encode_pairs, label_pairs, read_pairs, sampled_responses
+from common.tokenizer import Tokenizer, train_bpe
 from model import response_logprobs
 
 
@@ -184,7 +185,7 @@ def test_ids_that_do_not_say_what_the_text_says(tokenizer, ids):
 def test_the_pairs_file_gives_back_the_sampled_responses(tmp_path, tokenizer, monkeypatch):
     """An untrained policy samples any bytes at all; from the file come exactly the tokens that it sampled."""
     write_jsonl(tmp_path / "prompts_train.jsonl", [{"prompt": p} for p in ("a", "a good", "the", "the bad", "film", "made")])
-    monkeypatch.setattr(pairs_module.data, "ensure", lambda dataset: tmp_path)
+    monkeypatch.setattr(pairs_module.tasks, "ensure", lambda dataset: tmp_path)
     monkeypatch.setattr(pairs_module, "SIZES", {("reviews", "cpu"): dict(prompts=6, samples=4, scale=5.0)})
     model = tiny_gpt(vocab_size=tokenizer.vocab_size, block_size=24, n_layer=1, size=0.3)
     path = pairs_module.ensure_pairs(tmp_path, "reviews", "cpu", "bt", model, tokenizer, "weights",
@@ -204,7 +205,7 @@ def test_the_pairs_file_gives_back_the_sampled_responses(tmp_path, tokenizer, mo
 def sample_pairs(tmp_path, tokenizer, monkeypatch):
     """sample_pairs(count): the file of the pairs for so many of six prompts; 0 = for three, which stands in SIZES."""
     write_jsonl(tmp_path / "prompts_train.jsonl", [{"prompt": p} for p in ("a", "a good", "the", "the bad", "film", "made")])
-    monkeypatch.setattr(pairs_module.data, "ensure", lambda dataset: tmp_path)
+    monkeypatch.setattr(pairs_module.tasks, "ensure", lambda dataset: tmp_path)
     monkeypatch.setattr(pairs_module, "SIZES", {("reviews", "cpu"): dict(prompts=3, samples=4, scale=5.0)})
     model = tiny_gpt(vocab_size=tokenizer.vocab_size, block_size=24, n_layer=1, size=0.3)
     return lambda count: pairs_module.ensure_pairs(tmp_path / "base", "reviews", "cpu", "bt", model, tokenizer, "weights",

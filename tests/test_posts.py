@@ -9,12 +9,12 @@ import time
 import pytest
 
 import clone
-import data
+from common import tasks
 import sft
-from common import read_json, read_jsonl, write_jsonl
+from common.files import read_json, read_jsonl, write_jsonl
 from data.posts import grammar, prepare
 from data.posts.grammar import BUDGET, FACTS, TABLES, gold_reward, read_facts, sample_post
-from data.tokenizer import Tokenizer, train_bpe
+from common.tokenizer import Tokenizer, train_bpe
 
 POST = ("SUBREDDIT: r/family\n\nTITLE: I need advice\n\nPOST: It rained for three days and my shoes got wet. This is about my "
         "sister Anna. Yesterday Anna drove off in my car at night. So we did not speak for a month. Leo from work says that I "
@@ -219,7 +219,7 @@ def test_prepare_is_deterministic_and_leaks_nothing(tmp_path, monkeypatch):
     for name, value in sizes.items():
         monkeypatch.setattr(prepare, name, value)
     metas = [prepare.prepare(tmp_path / name) for name in "ab"]
-    assert metas[0] == metas[1] == prepare.prepare(tmp_path / "a") == data.check_prepared(tmp_path / "a")
+    assert metas[0] == metas[1] == prepare.prepare(tmp_path / "a") == tasks.check_prepared(tmp_path / "a")
     rows = {name: [json.loads(line) for line in (tmp_path / "a" / f"{name}.jsonl").read_text().splitlines()]
             for name in metas[0]["rows"]}
     assert {name: len(part) for name, part in rows.items()} == metas[0]["rows"] == {
@@ -248,7 +248,7 @@ def test_the_pipeline_runs_on_posts(tmp_path):
             write_jsonl(folder / f"{name}.jsonl", part)
         return {}
 
-    data.publish(folder, "posts", write)
+    tasks.publish(folder, "posts", write)
     runs, task = tmp_path / "runs/posts", ["--dataset", "posts"]
     assert clone.run_here(root, tmp_path, "sft", *task, *clone.TINY, "--block-size", "288") == 0
     assert clone.run_here(root, tmp_path, "dpo", *task, "--sft", "runs/posts/sft", "--prompts", "10", "--batch-size", "8") == 0

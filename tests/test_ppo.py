@@ -18,13 +18,14 @@ import torch
 
 import clone
 import common
-import data
+from common import tasks
 import evaluate
 import ppo
 import reward_model
 from conftest import every_response, log_of, naive_logprobs, tiny_gpt
-from data.tokenizer import Tokenizer, train_bpe
-from model import GPTConfig, ScalarModel, load_run
+from common.tokenizer import Tokenizer, train_bpe
+from common.run import load_run
+from model import GPTConfig, ScalarModel
 from ppo import (adapted, compute_gae, compute_rewards, leave_one_out, policy_loss, response_values, user_function, value_loss,
                  whiten)
 
@@ -144,7 +145,7 @@ def test_a_value_has_seen_all_before_its_token_and_nothing_else(pad_id):
     model = ScalarModel(GPTConfig(11, 12, 2, 2, 8))
     model.gpt.load_state_dict(tiny_gpt().state_dict())
     rows = [([1, 4], [5, 6, 7, 2]), ([1], [3, 2]), ([1, 5, 2, 8, 9, 3, 4], [7, 7, 7, 7, 7]), ([1, 9], [2])]
-    tokens, lengths = common.pad([p + r for p, r in rows], pad_id)
+    tokens, lengths = common.training.pad([p + r for p, r in rows], pad_id)
     found = response_values(model, tokens, torch.tensor([len(p) for p, _ in rows]), lengths)
     expected = torch.zeros(4, 5)
     for b, (prompt, response) in enumerate(rows):
@@ -273,11 +274,11 @@ def toy(tmp_path_factory):
         train_bpe([], 259).save(folder / "tokenizer.tiktoken")  # bytes
         for name, field, texts in (("train", "text", words(600, 1)), ("test", "text", words(40, 2)),
                                    ("prompts_train", "prompt", PROMPTS * 40), ("prompts_test", "prompt", PROMPTS)):
-            common.write_jsonl(folder / f"{name}.jsonl", [{field: text} for text in texts])
+            common.files.write_jsonl(folder / f"{name}.jsonl", [{field: text} for text in texts])
         return {}
-    data.publish(root / "data/reviews/prepared", "reviews", write)
+    tasks.publish(root / "data/reviews/prepared", "reviews", write)
     pairs = itertools.combinations(sorted({word[:5] for word in words(12, 3)}), 2)
-    common.write_jsonl(work / "pairs.jsonl", [{"prompt": "a", "chosen": a, "rejected": b} for a, b in pairs])
+    common.files.write_jsonl(work / "pairs.jsonl", [{"prompt": "a", "chosen": a, "rejected": b} for a, b in pairs])
     (work / "rewards.py").write_text(REWARDS)
     small = "--n-layer 1 --n-embd 32 --n-head 2 --steps 300 --warmup 10 --lr 2e-2"
     for script, argv in (("sft", f"{small} --block-size 8 --out runs/sft"), ("sft", f"{small} --block-size 4 --out short/sft"),
@@ -488,7 +489,7 @@ def test_shift_and_scale_of_a_reward_change_nothing(advantages, small_run):
 @pytest.mark.parametrize("prompts", [3, 120])
 def test_scores_of_the_reference_are_0_and_1(prompts, small_run, seen, monkeypatch):
     """In mean and deviation, on its own 192 responses, however few prompts there are."""
-    monkeypatch.setattr(ppo, "read_jsonl", lambda *args: common.read_jsonl(*args)[:prompts])
+    monkeypatch.setattr(ppo, "read_jsonl", lambda *args: common.files.read_jsonl(*args)[:prompts])
     small_run(f"--batch-size 192 --samples {64 if prompts == 3 else 2} --epochs 1")
     scores = seen["compute_rewards"][0][0][0]
     assert abs(scores.mean().item()) < 0.35 and scores.std().item() == pytest.approx(1, abs=0.35)
@@ -544,10 +545,10 @@ def test_the_reference_is_not_trained_and_the_value_network_not_kept(small_run, 
     """Neither its file nor the network in memory; model.pt has the names and shapes of the SFT policy, and other numbers."""
     seen, report = [], evaluate.report
     monkeypatch.setattr(evaluate, "report", lambda *args: seen.append(args[3]) or report(*args))
-    before = common.sha256(toy[1] / "runs/sft/model.pt")
+    before = common.files.sha256(toy[1] / "runs/sft/model.pt")
     _, folder = small_run("--steps 2 --lr 1e-2")
     ref, policy = (torch.load(path / "model.pt", weights_only=True) for path in (toy[1] / "runs/sft", folder))
-    assert common.sha256(toy[1] / "runs/sft/model.pt") == before
+    assert common.files.sha256(toy[1] / "runs/sft/model.pt") == before
     assert all(torch.equal(x, ref["model"][name]) for name, x in seen[0].state_dict().items())
     assert policy["kind"] == "GPT" and {k: v.shape for k, v in policy["model"].items()} == {k: v.shape for k, v in
                                                                                             ref["model"].items()}
@@ -576,7 +577,7 @@ def test_a_nan_in_a_network_stops_the_run(network, toy, tmp_path, monkeypatch):
     step = 2 if network == "policy" else 0
     assert said.startswith(f"error: step {step}: loss = nan") and "value_loss = nan" in said and "\n" not in said
     assert not (tmp_path / "run/model.pt").exists()
-    state = common.load_checkpoint(tmp_path / "run/checkpoint.pt")
+    state = common.run.load_checkpoint(tmp_path / "run/checkpoint.pt")
     assert state is None if network == "value" else all(x.isfinite().all() for x in state["model"].values())
 
 

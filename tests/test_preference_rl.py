@@ -12,7 +12,7 @@ import pytest
 import bt
 import clone
 import preference_rl as prl
-from common import parse
+from common.settings import parse
 
 
 @pytest.fixture

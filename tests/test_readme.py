@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 import evaluate
-import frontier
-import winrate
+from experiments import frontier
+from experiments import winrate
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -16,20 +16,20 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = {
     "python data/imdb/prepare.py": "test_imdb.py: test_the_whole_imdb_pipeline",
     "python dpo.py --dataset imdb --beta 0.1": "test_imdb.py: test_the_whole_imdb_pipeline",
-    "python frontier.py --quick": "test_frontier.py",
-    "python frontier.py": "test_frontier.py",
-    "python frontier.py --dataset imdb": "test_frontier.py",
-    "python frontier.py --grid why": "test_frontier.py",
-    "python frontier.py --grid ablation": "test_frontier.py",
+    "python experiments/frontier.py --quick": "test_frontier.py",
+    "python experiments/frontier.py": "test_frontier.py",
+    "python experiments/frontier.py --dataset imdb": "test_frontier.py",
+    "python experiments/frontier.py --grid why": "test_frontier.py",
+    "python experiments/frontier.py --grid ablation": "test_frontier.py",
     "python dpo.py --dataset posts": "test_posts.py: test_the_pipeline_runs_on_posts",
     "python ppo.py --dataset posts": "test_posts.py: test_the_pipeline_runs_on_posts",
-    "python winrate.py --quick": "test_winrate.py",
-    "python winrate.py": "test_winrate.py",
-    "python winrate.py --dataset tldr": "test_winrate.py, test_tldr.py",
-    "python winrate.py --judge FILE.py:function": "test_winrate.py",
-    "python scaling.py": "test_scaling.py",
+    "python experiments/winrate.py --quick": "test_winrate.py",
+    "python experiments/winrate.py": "test_winrate.py",
+    "python experiments/winrate.py --dataset tldr": "test_winrate.py, test_tldr.py",
+    "python experiments/winrate.py --judge FILE.py:function": "test_winrate.py",
+    "python experiments/scaling.py": "test_scaling.py",
     "python data/tldr/prepare.py": "test_tldr.py",
-    "python data/tldr/agreement.py": "test_tldr.py",
+    "python experiments/agreement.py": "test_tldr.py",
     "python ppo.py --reward FILE.py:function": "test_ppo.py",
     "python ppo.py --reward gold --advantages leave-one-out --samples 4 --epochs 1": "test_ppo.py",
     "python dpo.py --pairs FILE.jsonl": ".ci/run, with the pairs that the first command wrote",
@@ -61,7 +61,7 @@ def test_every_root_file_is_in_the_table():
 
 
 def test_the_frontiers_table_is_the_committed_one():
-    """Line by line as `python frontier.py` wrote it, and from the rows that are committed beside it."""
+    """Line by line as `python experiments/frontier.py` wrote it, and from the rows that are committed beside it."""
     folder = ROOT / "results" / "reviews" / "frontier"
     table = (folder / "table.md").read_text(encoding="utf-8").split("\n\n")[0]
     assert table in README
@@ -73,7 +73,7 @@ def test_the_frontiers_table_is_the_committed_one():
 
 
 def test_the_tables_of_win_rates_are_the_committed_ones():
-    """Line by line as `python winrate.py` wrote them, and from the rows that are committed beside them."""
+    """Line by line as `python experiments/winrate.py` wrote them, and from the rows that are committed beside them."""
     for dataset in ("posts", "tldr"):
         folder = ROOT / "results" / dataset / "winrate"
         rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]

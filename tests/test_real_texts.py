@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common import read_jsonl
+from common.files import read_jsonl
 from experiments import samples
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,15 +6,17 @@ import random
 import pytest
 import torch
 
-import data
+from common import tasks
 import evaluate
 import reward_model
-from common import batches, generator, pad, write_jsonl
+from common.files import write_jsonl
+from common.training import batches, generator, pad
 from conftest import log_of, tiny_gpt
-from data.pairs import encode_pairs, read_pairs
-from data.tokenizer import Tokenizer
+from common.pairs import encode_pairs, read_pairs
+from common.tokenizer import Tokenizer
 from evaluate import all_scores
-from model import ScalarModel, load_run
+from common.run import load_run
+from model import ScalarModel
 from reward_model import pair_accuracy, reward_loss, scalar_model, truncated_accuracy, windows
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
@@ -173,7 +175,7 @@ def labelled(small_reviews, tmp_path, monkeypatch):
         labels = [int(evaluate.gold_reward("reviews", tmp_path)([""], [row["text"]]).item() > 0.5) for row in rows]
         write_jsonl(folder / f"{name}.jsonl", ({**row, "label": label if name == "test" or i % 3 else None}
                                                for i, (row, label) in enumerate(zip(rows, labels))))
-    monkeypatch.setattr(data, "ensure", lambda dataset: folder)
+    monkeypatch.setattr(tasks, "ensure", lambda dataset: folder)
     return folder
 
 

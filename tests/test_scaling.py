@@ -9,15 +9,18 @@ import pytest
 import torch
 
 import reward_model
-import scaling
+from experiments import scaling
 import sft
-from common import generator, parse, read_jsonl, write_jsonl
-from data.pairs import read_pairs
+from common.files import read_jsonl, write_jsonl
+from common.settings import parse
+from common.training import generator
+from common.pairs import read_pairs
 from data.reviews.grammar import gold_reward
-from data.tokenizer import Tokenizer
-from model import ScalarModel, load_run
-from scaling import accuracy, doublings, markdown, measure, over_seeds, plan, split, subset
-from sweep import is_there
+from common.tokenizer import Tokenizer
+from common.run import load_run
+from model import ScalarModel
+from experiments.scaling import accuracy, doublings, markdown, measure, over_seeds, plan, split, subset
+from experiments.sweep import is_there
 
 
 # ---- sets of pairs ---------------------------------------------------------------------------------------------------

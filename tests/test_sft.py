@@ -7,15 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data
+from common import tasks
 import sft
-from common import batches, pad, write_jsonl
+from common.files import write_jsonl
+from common.training import batches, pad
 from conftest import log_of, naive_logprobs, tiny_gpt
-from data.pairs import encode_pairs, read_pairs
+from common.pairs import encode_pairs, read_pairs
 from data.reviews.grammar import sample_review
-from data.tokenizer import Tokenizer, train_bpe
+from common.tokenizer import Tokenizer, train_bpe
 from evaluate import mean_and_error
-from model import GPT, GPTConfig, load_run, summed_logprobs
+from common.run import load_run
+from model import GPT, GPTConfig, summed_logprobs
 from sft import encode_documents, held_out, read_documents
 
 
@@ -138,7 +140,7 @@ def test_the_loss_counts_the_text_and_not_its_prompt(small_run, small_reviews, t
     for name in ("train", "test"):
         write_jsonl(tmp_path / "task" / f"{name}.jsonl", rows)
     tokenizer.save(tmp_path / "task" / "tokenizer.tiktoken")
-    monkeypatch.setattr(data, "ensure", lambda dataset: tmp_path / "task")
+    monkeypatch.setattr(tasks, "ensure", lambda dataset: tmp_path / "task")
     torch.manual_seed(4)
     model = GPT(GPTConfig(tokenizer.vocab_size, 80, 1, 2, 16))
     parts = [([tokenizer.bos] + tokenizer.encode(row.get("prompt", "")), tokenizer.encode(row["text"]) + [tokenizer.eos])

@@ -13,17 +13,18 @@ import pytest
 import torch
 
 import clone
-import data
+from common import tasks
 import evaluate
 import reward_model
 import sft
-from common import read_json, read_jsonl, write_jsonl
+from common.files import read_json, read_jsonl, write_jsonl
 from data import tldr
 from data.posts.grammar import sample_post
-from data.tldr import agreement
+from experiments import agreement
 from data.tldr import prepare as tldr_prepare
-from data.tokenizer import Tokenizer, train_bpe
-from model import ScalarModel, load_run
+from common.tokenizer import Tokenizer, train_bpe
+from common.run import load_run
+from model import ScalarModel
 
 PROMPT, PAIR = {"prompt": str}, {"prompt": str, "chosen": str, "rejected": str}
 
@@ -98,7 +99,7 @@ def root(tmp_path_factory, archive) -> Path:
 
 @pytest.fixture
 def prepared(root, monkeypatch) -> Path:
-    monkeypatch.setattr(data, "ROOT", root)
+    monkeypatch.setattr(tasks, "ROOT", root)
     return root / "data/tldr/prepared"
 
 

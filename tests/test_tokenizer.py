@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import regex
 
-from data.tokenizer import PATTERN, Tokenizer, train_bpe
+from common.tokenizer import PATTERN, Tokenizer, train_bpe
 
 CORPUS = ["the cat sat on the mat, the rat sat on the cat", "banana bandana ananas aaaaaaa aaaa", "hugs hug pug pun bun hugs",
           "It wasn't 1984; it's 2024! naïve café ☕☕ 日本語 日本", "  two  spaces\n\nand lines\t\tand tabs  "]

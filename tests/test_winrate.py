@@ -20,16 +20,18 @@ import dpo
 import evaluate
 import ppo
 import sft
-import sweep
-import winrate
-from common import generator, read_jsonl, write_jsonl
+from experiments import sweep
+from experiments import winrate
+from common import tasks
+from common.files import read_jsonl, write_jsonl
+from common.training import generator
 from conftest import tiny_gpt
-from data import pairs
+from common import pairs
 from data.posts.grammar import sample_post
-from data.tokenizer import Tokenizer, train_bpe
+from common.tokenizer import Tokenizer, train_bpe
 from model import generate
 from test_frontier import Here, nothing
-from winrate import best_of_n, errors, gold_judge, length_controlled, summarise, user_judge, wins, words
+from experiments.winrate import best_of_n, errors, gold_judge, length_controlled, summarise, user_judge, wins, words
 
 PROMPTS = ["p"] * 4
 A, B = ["a", "bb", "ccc", "d"], ["x", "b", "cccc", "d"]
@@ -181,7 +183,7 @@ def small(tmp_path_factory) -> tuple[Path, Path]:
             write_jsonl(folder / f"{name}.jsonl", part)
         return {}
 
-    data.publish(root / "data/posts/prepared", "posts", write)
+    tasks.publish(root / "data/posts/prepared", "posts", write)
     with small_sizes():
         assert clone.run_here(root, work, "sft", "--dataset", "posts") == 0
     return root, work
@@ -215,7 +217,7 @@ def run(small, *argv: str, popen=Here):
         patch.setattr(sweep, "ROOT", root)
         patch.setattr(subprocess, "Popen", popen)
         patch.setattr(time, "sleep", lambda _: None)
-        return clone.run_here(root, work, "winrate", "--seeds", "2", "--prompts", "8", "--best-of", "4", *argv)
+        return clone.run_here(root, work, "experiments/winrate", "--seeds", "2", "--prompts", "8", "--best-of", "4", *argv)
 
 
 @pytest.fixture(scope="module")

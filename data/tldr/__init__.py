@@ -2,7 +2,7 @@
 
 It is a stand-in: nobody has read the responses. ROUGE-L counts words that come in the order of one reference out of the
 many good ones, sees neither a false statement nor a missing "not", and people agree with it little more often than with a
-coin (data/tldr/agreement.py measures how often). Say so wherever it is reported: REWARD_NAME.
+coin (experiments/agreement.py measures how often). Say so wherever it is reported: REWARD_NAME.
 """
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import re
 from functools import cache
 from pathlib import Path
 
-import data
-from common import fail, read_jsonl
+from common import tasks
+from common import fail
+from common.files import read_jsonl
 
 REWARD_NAME = "ROUGE-L against the author's TL;DR (a stand-in for human judgement)"
 
@@ -36,7 +37,7 @@ def rouge_l(reference: list[str], candidate: list[str]) -> float:
 @cache
 def references(folder: Path) -> dict[str, list[str]]:
     """Words of the author's summary, by prompt, of every file of a prepared folder that has any; read once."""
-    data.ensure("tldr")
+    tasks.ensure("tldr")
     paths = [folder / f"{name}.jsonl" for name in ("train", "valid", "test", "articles")]
     return {row["prompt"]: words(row["text"]) for path in paths if path.exists()
             for row in read_jsonl(path, {"prompt": str, "text": str})}
@@ -45,7 +46,7 @@ def references(folder: Path) -> dict[str, list[str]]:
 def gold_reward(text: str) -> float:
     """ROUGE-L, 0 to 1, of all that follows the first "TL;DR:", against the author's summary of the post before it."""
     post, mark, response = text.partition("TL;DR:")
-    folder = data.ROOT / "data" / "tldr" / "prepared"
+    folder = tasks.ROOT / "data" / "tldr" / "prepared"
     if (reference := references(folder).get(post + mark)) is None:
         fail(f"no author's summary in {folder} for the prompt {post[:60]!r}...: ROUGE-L needs a prompt that is from there")
     return rouge_l(reference, words(response))

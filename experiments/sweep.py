@@ -20,7 +20,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from common import ROOT, defaults, device, fail, finished, read_json
+from common import ROOT, fail
+from common.files import read_json
+from common.run import finished
+from common.settings import defaults
+from common.training import device
 
 
 class Planned(NamedTuple):

@@ -20,7 +20,8 @@ from typing import Iterable
 import regex  # the engine with \p{L}; comes with tiktoken
 import tiktoken
 
-from common import atomic_write, fail
+from common import fail
+from common.files import atomic_write
 
 # GPT-2's split into words (Radford et al. 2019): merges never cross these pieces
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""

@@ -13,9 +13,12 @@ from typing import Callable, Literal, NamedTuple
 import torch
 from tqdm import tqdm
 
-import data
-from common import autocast, compare_settings, fail, generator, read_jsonl, write_json, write_jsonl
-from data.tokenizer import Tokenizer
+from common import tasks
+from common import fail
+from common.files import read_jsonl, write_json, write_jsonl
+from common.run import compare_settings
+from common.training import autocast, generator
+from common.tokenizer import Tokenizer
 from model import GPT, Samples, generate
 
 
@@ -163,7 +166,7 @@ def ensure_pairs(base: Path, dataset: str, preset: str, labels: str, model: GPT,
     path = folder / "pairs.jsonl"
     if path.exists():
         return path
-    prompts = [row["prompt"] for row in read_jsonl(data.ensure(dataset) / "prompts_train.jsonl", {"prompt": str})]
+    prompts = [row["prompt"] for row in read_jsonl(tasks.ensure(dataset) / "prompts_train.jsonl", {"prompt": str})]
     if size["prompts"] > len(prompts) and count:
         fail(f"--prompts {count}: data/{dataset} has {len(prompts)} training prompts")
     prompts = [prompts[i] for i in torch.randperm(len(prompts), generator=generator(SEED, 1))[:size["prompts"]].tolist()]

@@ -1,9 +1,9 @@
 """Reward-model scaling (Stiennon et al. 2020, Figure 6): accuracy on held-out pairs against the number of preference pairs
 and the size of the model, on a task whose true reward, and so the best possible accuracy, is known.
 
-    python scaling.py                      # `posts`: 45 reward models; from nothing some 75 minutes of one core
-    python scaling.py --quick              # one seed of two sizes, up to 3,000 pairs; five minutes of one core, plus SFT
-    python scaling.py --pairs FILE --test FILE --dataset tldr     # human comparisons, as far as they reach
+    python experiments/scaling.py                      # `posts`: 45 reward models; from nothing some 75 minutes of one core
+    python experiments/scaling.py --quick              # one seed of two sizes, up to 3,000 pairs; five minutes of one core, plus SFT
+    python experiments/scaling.py --pairs FILE --test FILE --dataset tldr     # human comparisons, as far as they reach
 
 Every model starts from an SFT policy of its own size and is a plain `python reward_model.py ...`, run as sweep.py does: one
 for each core, a finished one never again. All are judged by the same held-out pairs, of whose prompts no model has seen any.
@@ -30,15 +30,21 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, for the imports below
+
 import evaluate
 import reward_model
 import sft
-from common import (atomic_write, compare_settings, defaults, device, fail, finished, fingerprint, generator, pad, parse,
-                    read_json, read_jsonl, require, require_numbers, runs_folder, sha256, write_json, write_jsonl)
-from data.pairs import encode_pairs, ensure_pairs, read_pairs
-from data.tokenizer import Tokenizer
-from model import GPTConfig, ScalarModel, load_run
-from sweep import Planned, mean_se, run_all
+from common import fail
+from common.files import atomic_write, read_json, read_jsonl, sha256, write_json, write_jsonl
+from common.run import compare_settings, finished
+from common.settings import defaults, parse, require, require_numbers, runs_folder
+from common.training import device, fingerprint, generator, pad
+from common.pairs import encode_pairs, ensure_pairs, read_pairs
+from common.tokenizer import Tokenizer
+from common.run import load_run
+from model import GPTConfig, ScalarModel
+from experiments.sweep import Planned, mean_se, run_all
 
 PEOPLE = (0.73, 0.77)  # how often two people prefer the same summary (Stiennon et al. 2020, section 3.3)
 

@@ -1,7 +1,7 @@
 """With whom do people agree? ROUGE-L, the longer summary, other people, reward models: on the human comparisons.
 
-    python data/tldr/agreement.py                                # the first three
-    python data/tldr/agreement.py runs/tldr/reward-model-human ...     # and reward models, finished runs (see prepare.py)
+    python experiments/agreement.py                                # the first three
+    python experiments/agreement.py runs/tldr/reward-model-human ...     # and reward models, finished runs (see prepare.py)
 
 Two annotators of Stiennon et al. (2020) agree with each other in 73 to 77% of comparisons, so
 no scorer can be much better than that at telling what the next one will choose.
@@ -18,14 +18,17 @@ import sys
 from itertools import combinations
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root, for the imports below
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, for the imports below
 
-from common import ROOT, Parser, fail, read_jsonl  # noqa: E402
-from data import check_prepared  # noqa: E402
+from common import ROOT, fail  # noqa: E402
+from common.files import read_jsonl  # noqa: E402
+from common.settings import Parser  # noqa: E402
+from common.tasks import check_prepared  # noqa: E402
 from data.tldr import rouge_l, words  # noqa: E402
-from data.tokenizer import Tokenizer  # noqa: E402
+from common.tokenizer import Tokenizer  # noqa: E402
 from evaluate import pair_scores  # noqa: E402
-from model import ScalarModel, load_run  # noqa: E402
+from common.run import load_run  # noqa: E402
+from model import ScalarModel  # noqa: E402
 
 Outcomes = list[tuple[str, float]]  # of each comparison: id of its post; 1 agreed, 0 disagreed, 1/2 could not tell
 

@@ -1,9 +1,9 @@
 """The figure that was never released: gold reward against KL for every method of the DPO paper's Figure 2 (left), with the
 exact optimum above them.
 
-    python frontier.py --quick                 # one seed of a few settings; 10 minutes on 2 cores, from nothing
-    python frontier.py                         # `reviews`: the whole grid, 3 seeds; an hour and a half on 2 cores
-    python frontier.py --dataset imdb          # the paper's task; hours on a CPU, in pieces: stop it and start it again
+    python experiments/frontier.py --quick                 # one seed of a few settings; 10 minutes on 2 cores, from nothing
+    python experiments/frontier.py                         # `reviews`: the whole grid, 3 seeds; an hour and a half on 2 cores
+    python experiments/frontier.py --dataset imdb          # the paper's task; hours on a CPU, in pieces: stop it and start it again
 
 Every run is a plain command (`python dpo.py ...`) in a process of its own (sweep.py). Ctrl-C leaves table and figure of what
 is finished.
@@ -29,17 +29,21 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, for the imports below
+
 import dpo
 import evaluate
 import ppo
 import reward_model
 import sft
-from common import (atomic_write, defaults, device, finished, fingerprint, parse, read_jsonl, require_numbers, runs_folder,
-                    write_jsonl)
-from data.pairs import ensure_pairs
-from data.tokenizer import Tokenizer
-from model import load_run
-from sweep import Planned, mean_se, run_all
+from common.files import atomic_write, read_jsonl, write_jsonl
+from common.run import finished
+from common.settings import defaults, parse, require_numbers, runs_folder
+from common.training import device, fingerprint
+from common.pairs import ensure_pairs
+from common.tokenizer import Tokenizer
+from common.run import load_run
+from experiments.sweep import Planned, mean_se, run_all
 
 # steps between evaluations: (imdb or tldr, script)
 EVERY = {(False, "sft"): 25, (False, "dpo"): 25, (False, "ppo"): 5, (True, "sft"): 100, (True, "dpo"): 100, (True, "ppo"): 10}

@@ -1,10 +1,10 @@
 """How often does a summary win over the reference, at which sampling temperature? Figure 2 (right) of the DPO paper (Rafailov
 et al. 2023), and its table on texts of another kind.
 
-    python winrate.py                        # `posts`: SFT, Preferred-FT, DPO, PPO and best of n, 3 seeds; an hour on 2 cores
-    python winrate.py --quick                # one seed, fewer prompts and temperatures
-    python winrate.py --dataset tldr         # real posts, and news articles with the policies unchanged
-    python winrate.py --judge FILE.py:function     # yours: function(prompts, first, second) -> P(first is the better one)
+    python experiments/winrate.py                        # `posts`: SFT, Preferred-FT, DPO, PPO and best of n, 3 seeds; an hour on 2 cores
+    python experiments/winrate.py --quick                # one seed, fewer prompts and temperatures
+    python experiments/winrate.py --dataset tldr         # real posts, and news articles with the policies unchanged
+    python experiments/winrate.py --judge FILE.py:function     # yours: function(prompts, first, second) -> P(first is the better one)
 
 The judge is the task's gold reward unless another is given: the higher one wins, a tie is half a win. A judge that may like
 the first or the second place is asked in both orders: win = (P(a beats b) + 1 - P(b beats a)) / 2, so that a text wins over
@@ -25,6 +25,7 @@ Writes  runs/<dataset>/winrate/ : responses/, results.jsonl (a row a point of th
 from __future__ import annotations
 
 import math
+import sys
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,18 +33,24 @@ from typing import Callable, ClassVar, Literal, NamedTuple
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, for the imports below
+
 import dpo
 import evaluate
 import ppo
 import reward_model
 import sft
-from common import (atomic_write, compare_settings, defaults, device, fail, fingerprint, parse, read_jsonl, require_numbers,
-                    runs_folder, write_json, write_jsonl)
-from data import ensure as ensure_data
-from data.pairs import ensure_pairs, sampled_responses
-from data.tokenizer import Tokenizer
-from model import GPT, ScalarModel, load_run
-from sweep import Planned, mean_se, run_all
+from common import fail
+from common.files import atomic_write, read_jsonl, write_json, write_jsonl
+from common.run import compare_settings
+from common.settings import defaults, parse, require_numbers, runs_folder
+from common.training import device, fingerprint
+from common.tasks import ensure as ensure_data
+from common.pairs import ensure_pairs, sampled_responses
+from common.tokenizer import Tokenizer
+from common.run import load_run
+from model import GPT, ScalarModel
+from experiments.sweep import Planned, mean_se, run_all
 
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 FAR_TEMPERATURES = (0.0, 0.25)  # on texts of another kind, as in the paper

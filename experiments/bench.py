@@ -1,9 +1,9 @@
 """How fast is a step? One JSON line each for the SFT, reward-model and DPO step, for generation, for a PPO update, for
 Bradley-Terry fits and for DAgger; and what padding costs where prompts are long and of many lengths.
 
-    python bench.py                                                       # all eight, the size of the table in results/bench
-    python bench.py --only ppo --batch 64
-    python bench.py --only dpo --layers 6 --heads 6 --embd 384 --dtype bfloat16
+    python experiments/bench.py                                                       # all eight, the size of the table in results/bench
+    python experiments/bench.py --only ppo --batch 64
+    python experiments/bench.py --only dpo --layers 6 --heads 6 --embd 384 --dtype bfloat16
 
 Every step is the whole of it: forward, loss, backward, gradient clipping, optimizer, on random tokens of fixed length,
 with the functions that the scripts train with. A token is one position of one sequence through the model: a DPO or
@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
+import sys
 import os
 import statistics
 import time
@@ -26,9 +28,11 @@ from typing import Callable
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, for the imports below
+
 import bt
 import dagger
-from common import adamw, autocast, batches, device, pad
+from common.training import adamw, autocast, batches, device, pad
 from dpo import dpo_loss
 from model import GPT, GPTConfig, ScalarModel, generate, response_logprobs, response_mask
 from ppo import compute_gae, compute_rewards, policy_loss, response_values, value_loss, whiten
