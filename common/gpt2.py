@@ -11,23 +11,29 @@ from model import GPT, GPTConfig
 
 HUB = "https://huggingface.co/openai-community/{name}/resolve/main/{file}"
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-_CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2 stores these (in, out), nn.Linear (out, in)
+# GPT-2 stores these (in, out), nn.Linear (out, in)
+_CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
 def from_pretrained(name: str) -> GPT:
-    """GPT-2 weights from a Hugging Face checkpoint: a folder with config.json and model.safetensors, or a GPT-2 name.
+    """GPT-2 weights from a Hugging Face checkpoint: a folder with config.json and
+    model.safetensors, or a GPT-2 name.
 
     Raises SystemExit if it cannot be fetched, is of another architecture, or lacks a weight.
     """
     from safetensors.torch import load_file
     folder = pretrained_folder(name)
     if not (folder / "config.json").exists() or not (folder / "model.safetensors").exists():
-        fail(f"{folder}: expected the files config.json and model.safetensors of a GPT-2 checkpoint")
+        fail(
+            f"{folder}: expected the files config.json and model.safetensors of a GPT-2 checkpoint")
     config = read_json(folder / "config.json")
-    if config.get("model_type") != "gpt2" or config.get("activation_function", "gelu_new") != "gelu_new":
+    if config.get("model_type") != "gpt2" or config.get("activation_function",
+                                                        "gelu_new") != "gelu_new":
         fail(f"{folder}/config.json: model_type is {config.get('model_type')!r} with activation "
              f"{config.get('activation_function')!r}, expected 'gpt2' with 'gelu_new'")
-    model = GPT(GPTConfig(config["vocab_size"], config["n_positions"], config["n_layer"], config["n_head"], config["n_embd"]))
+    model = GPT(
+        GPTConfig(config["vocab_size"], config["n_positions"], config["n_layer"], config["n_head"],
+                  config["n_embd"]))
     try:
         stored = load_file(folder / "model.safetensors")
     except Exception as error:  # safetensors has an exception class of its own
@@ -36,7 +42,9 @@ def from_pretrained(name: str) -> GPT:
     wanted = model.state_dict()
     if missing := sorted(set(wanted) - set(stored)):
         fail(f"{folder}/model.safetensors: no weight {missing[0]!r} ({len(missing)} missing)")
-    model.load_state_dict({key: stored[key].t() if key.endswith(_CONV1D) else stored[key] for key in wanted})
+    model.load_state_dict(
+        {key: stored[key].t() if key.endswith(_CONV1D) else stored[key]
+         for key in wanted})
     return model.float()
 
 
@@ -55,14 +63,20 @@ def pretrained_folder(name: str) -> Path:
 
 
 def save_pretrained(model: GPT, folder: str | Path) -> None:
-    """Write config.json and model.safetensors as transformers.GPT2LMHeadModel.from_pretrained(folder) reads them."""
+    """Write config.json and model.safetensors as
+    transformers.GPT2LMHeadModel.from_pretrained(folder) reads them."""
     from safetensors.torch import save
     folder, config = Path(folder), asdict(model.config)
     state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
-    state = {"transformer." + key: (value.t() if key.endswith(_CONV1D) else value).contiguous() for key, value in state.items()}
+    state = {
+        "transformer." + key: (value.t() if key.endswith(_CONV1D) else value).contiguous()
+        for key, value in state.items()
+    }
     atomic_write(folder / "model.safetensors", save(state, metadata={"format": "pt"}))
     config["n_positions"] = config.pop("block_size")
-    write_json(folder / "config.json", {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **config,
-                                        "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-                                        "tie_word_embeddings": True, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
-                                        "attn_pdrop": 0.0})
+    write_json(
+        folder / "config.json", {
+            "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"],
+            **config, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+            "tie_word_embeddings": True, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0
+        })

@@ -1,32 +1,161 @@
-"""Settings: a dataclass becomes the command line."""
+"""Settings: a dataclass becomes the command line, takes the defaults of its task, and names the run
+folder.
+
+    @settings
+    class Config:
+        dataset: str = "reviews"  # Task: a folder of data/.
+
+        # ---- optimisation
+        lr: float = 2e-4  # Learning rate after the warm-up.
+
+    train(parse(Config, __doc__))    # --lr 1e-4; the comments are the lines of --help
+
+A task has settings of its own (data/<task>/__init__.py). They are the defaults wherever a Config is
+made, on the command
+line or in Python: Config(dataset="imdb") has imdb's learning rate.
+"""
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import inspect
 import re
+import shlex
+import signal
 import sys
 import typing
 from pathlib import Path
 from typing import Any, NoReturn
 
-from common import fail
+from common import ROOT, fail, tasks
+
+# these change nothing in a result but its rounding: they name no folder, and a run may go on with
+# others
+ROUNDING_ONLY = ("resume", "out", "checkpoint_every", "evaluate_every", "dtype", "compile",
+                 "micro_batch_size")
 
 
-def comments(cls: type) -> dict[str, str]:
-    """The comment behind (or above the continuation of) each field, which is also its line in --help."""
-    found: dict[str, str] = {}
-    name = None
-    for line in inspect.getsource(cls).splitlines():
-        if field := re.match(r"\s+(\w+): [^#]*?(?:#\s*(.*))?$", line):
-            name = field[1]
-            found[name] = field[2] or ""
-        elif (more := re.match(r"\s+#\s*(.*)$", line)) and name:
-            found[name] += " " + more[1]
-        else:
-            name = None
-    return found
+# ---- a dataclass with the defaults of its task ---------------------------------------------------
 
+def settings(cls: type) -> type:
+    """@dataclass, but a field that is not given takes the task's and preset's default where they
+    have one."""
+    cls = dataclasses.dataclass(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    plain_init = cls.__init__
+
+    @functools.wraps(plain_init)
+    def init(self: Any, *values: Any, **given: Any) -> None:
+        given |= dict(zip(names, values))
+        plain_init(self, **{**task_defaults(cls, given), **given})
+
+    cls.__init__ = init
+    return cls
+
+
+def task_defaults(cls: type, given: dict[str, Any]) -> dict[str, Any]:
+    """What the task says of this script's settings. `given` may name dataset, preset and on; else
+    the class does."""
+    own = {field.name: field.default for field in dataclasses.fields(cls)} | given
+    if "dataset" not in own or "preset" not in own:
+        return {}
+    labels = {"labels": tasks.load(own["dataset"]).labels} if "labels" in own else {}
+    return labels | tasks.settings_of(own["dataset"], own["preset"],
+                                      script_of(cls).stem, own.get("on", ""))
+
+
+def script_of(cls: type) -> Path:
+    """The file that a Config stands in, seen from the repository's root: dpo.py,
+    experiments/frontier.py."""
+    path = Path(inspect.getsourcefile(cls)).resolve()
+    return path.relative_to(ROOT) if ROOT in path.parents else Path(path.name)
+
+
+def defaults_of(cls: type, **given: Any) -> dict[str, Any]:
+    """Every field's default, for the dataset, preset and kind of data among `given`."""
+    return {field.name: field.default
+            for field in dataclasses.fields(cls)} | task_defaults(cls, given) | given
+
+
+def changed(config: Any) -> dict[str, Any]:
+    """The settings that a user would have to type: those that differ from the defaults of their
+    task and preset."""
+    choice = {
+        name: getattr(config, name)
+        for name in ("dataset", "preset", "on") if hasattr(config, name)
+    }
+    default = defaults_of(type(config), **choice)
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)
+            if field.name in choice and choice[field.name] != field.default
+            or field.name not in choice and getattr(config, field.name) != default[field.name]}
+
+
+def command(config: Any) -> list[str]:
+    """The words of the command that makes this run: ["dpo.py", "--beta", "0.5", "--out", ...]."""
+    words = [str(script_of(type(config)))]
+    for name, value in changed(config).items():
+        words += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
+    return words
+
+
+def typed(config: Any) -> str:
+    """The same as a line for the terminal, without what a script fills in by itself."""
+    words = shlex.join(command(config))
+    return "python " + re.sub(r" --(out \S+|resume)(?= |$)", "", words)
+
+
+def differences(config: Any) -> str:
+    """The settings that differ from what the file of the script says, whether a user or the task
+    changed them."""
+    plain = {field.name: field.default for field in dataclasses.fields(config)}
+    found = [f"{name} {value}" for name, value in dataclasses.asdict(config).items()
+             if name not in ("out", "resume") and value != plain[name]]
+    return ", ".join(found)
+
+
+# ---- folders -------------------------------------------------------------------------------------
+
+def runs_folder(dataset: str, preset: str) -> Path:
+    """Where the runs of a dataset and preset go: runs/reviews, runs/imdb, runs/imdb-gpu."""
+    return Path("runs") / (dataset if preset == "cpu" else f"{dataset}-{preset}")
+
+
+def runs_of(sft: str | Path) -> Path:
+    """Where what is made of an SFT policy goes: beside runs/reviews/sft, but inside a folder of
+    another name.
+
+    Bank and pairs are samples of one policy. Two policies side by side must not share them.
+    """
+    return Path(sft).parent if Path(sft).name == "sft" else Path(sft)
+
+
+def run_folder(config: Any, name: str, always: tuple[str, ...] = (), never: tuple[str,
+                                                                                  ...] = ()) -> str:
+    """The folder of a run: `name`, the settings that always tell it apart, and every other one that
+    is no default.
+
+    So another experiment is another folder: dpo-beta0.1-seed0, dpo-beta0.1-seed0-lr0.0001.
+    """
+    base = runs_of(config.sft) if getattr(config, "sft", "") else runs_folder(
+        config.dataset, config.preset)
+    hidden = (*ROUNDING_ONLY, "dataset", "preset", "on", "sft", *always, *never)
+    parts = [name] + [label(key, getattr(config, key)) for key in always]
+    parts += [label(key, value) for key, value in changed(config).items() if key not in hidden]
+    return str(base / "-".join(parts)[:200])
+
+
+def label(name: str, value: Any) -> str:
+    """A setting as part of a folder's name: beta0.1, targetkl3, labels-argmax, pairs-mine-pairs."""
+    name = name.replace("_", "")
+    if value is True:
+        return name
+    if isinstance(value, (int, float)):
+        return f"{name}{value:g}"
+    return f"{name}-" + re.sub(r"[^\w.]+", "-", str(value).removesuffix(".jsonl")).strip("-.")
+
+
+# ---- the command line ----------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is one line on stderr without the usage in front."""
@@ -35,71 +164,88 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message} (see --help)")
 
 
-def _one_line_on_ctrl_c(kind: type, error: BaseException, trace: Any) -> None:
-    """Ctrl-C where no Run is there to catch it (while data is read, samples are drawn) prints no traceback either."""
-    print("\nstopped", file=sys.stderr) if kind is KeyboardInterrupt else sys.__excepthook__(kind, error, trace)
+def field_notes(cls: type) -> dict[str, tuple[str, str]]:
+    """Heading and comment of each field, as the source has them: they are the groups and lines of
+    --help.
 
-
-def defaults(cls: type, dataset: str, preset: str = "cpu", **settings: Any) -> Any:
-    """An instance of the Config `cls` with the defaults of this dataset and preset (cls.PRESETS), then `settings`."""
-    return cls(**{**preset_of(cls, dataset, preset, settings.get("on", "")), "dataset": dataset, "preset": preset, **settings})
-
-
-def preset_of(cls: type, dataset: str, preset: str, on: str = "") -> dict[str, Any]:
-    """Defaults that differ from the dataclass's own: those of (dataset, preset), then those of (dataset, preset, on)."""
-    return {**cls.PRESETS.get((dataset, preset), {}), **cls.PRESETS.get((dataset, preset, on), {})}
+    A comment may go on below its field; "# ---- optimisation" above a field begins a group.
+    """
+    notes: dict[str, tuple[str, str]] = {}
+    heading, name = "", None
+    for line in inspect.getsource(cls).splitlines():
+        if title := re.match(r"\s+# ---- (.+?)\s*-*$", line):
+            heading, name = title[1], None
+        elif field := re.match(r"\s+(\w+): [^#]*?(?:#\s*(.*))?$", line):
+            name = field[1]
+            notes[name] = (heading, field[2] or "")
+        elif (more := re.match(r"\s+#\s*(.*)$", line)) and name:
+            notes[name] = (heading, f"{notes[name][1]} {more[1]}")
+        else:
+            name = None
+    return notes
 
 
 def parse(cls: type, description: str, argv: list[str] | None = None) -> Any:
-    """Fill the dataclass `cls` from the command line: one flag a field, its comment as help, its type checked.
+    """Fill the dataclass `cls` from the command line: one flag a field, its comment as help, its
+    type checked.
 
-    The defaults shown and used are those of --dataset and --preset. Unknown flags, wrong types and values that the
-    dataclass's own __post_init__ refuses stop with one line.
+    The defaults shown are those of --dataset and --preset. Unknown flags, wrong types and values
+    that the dataclass's own __post_init__ refuses stop with one line.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    sys.excepthook = _one_line_on_ctrl_c
+    if argv is None:
+        argv = sys.argv[1:]
+        stop_like_ctrl_c()
     first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--dataset", default=getattr(cls, "dataset", ""))
-    first.add_argument("--preset", default="cpu")
-    first.add_argument("--on", default="")
-    chosen = vars(first.parse_known_args(argv)[0])
-    special = preset_of(cls, **chosen)
-    if not special and chosen["preset"] != "cpu":
-        fail(f"--preset {chosen['preset']}: there is no such preset for --dataset {chosen['dataset']} (known: "
-             + ", ".join(f"{key[0]} {key[1]}" for key in cls.PRESETS if len(key) == 2) + ")")
-    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    types, reasons = typing.get_type_hints(cls), comments(cls)
+    for name in {"dataset", "preset", "on"} & {field.name for field in dataclasses.fields(cls)}:
+        first.add_argument(f"--{name}", default=argparse.SUPPRESS)
+    defaults = defaults_of(cls, **vars(first.parse_known_args(argv)[0]))
+
+    parser = Parser(description=description, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    types, notes, groups = typing.get_type_hints(cls), field_notes(cls), {"": parser}
     for field in dataclasses.fields(cls):
-        kind, flag = types[field.name], "--" + field.name.replace("_", "-")
-        default = special.get(field.name, chosen.get(field.name) or field.default)
-        text = f"{reasons[field.name]} [{default if default != '' else 'none'}]".replace("%", "%%")
+        kind = types[field.name]
+        flag = "--" + field.name.replace("_", "-")
+        heading, reason = notes[field.name]
+        group = groups.setdefault(heading, None) or parser.add_argument_group(heading)
+        groups[heading] = group
+        default = defaults[field.name] if defaults[field.name] != "" else "none"
+        how: dict[str, Any] = {
+            "default": argparse.SUPPRESS, "help": f"{reason} [{default}]".replace("%", "%%")
+        }
         if kind is bool:
-            parser.add_argument(flag, action="store_true", default=default, help=text)
+            group.add_argument(flag, action="store_true", **how)
         elif typing.get_origin(kind) is typing.Literal:
-            parser.add_argument(flag, choices=typing.get_args(kind), default=default, help=text)
+            group.add_argument(flag, choices=typing.get_args(kind), **how)
         else:
-            parser.add_argument(flag, type=kind, default=default, metavar=kind.__name__.upper(), help=text)
+            group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), **how)
     return cls(**vars(parser.parse_args(argv)))
 
 
+def stop_like_ctrl_c() -> None:
+    """SIGTERM, by which a scheduler or a shutdown ends a process, is Ctrl-C: one line, and a
+    checkpoint while training."""
+    def interrupt(*_: Any) -> NoReturn:
+        raise KeyboardInterrupt
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, interrupt)
+
+
+# ---- checks for Config.__post_init__ -------------------------------------------------------------
+
 def require(condition: bool, message: str) -> None:
-    """For Config.__post_init__: a value out of range stops with one line."""
+    """A value out of range stops with one line."""
     if not condition:
         fail(message)
 
 
-def require_numbers(config: Any, above_0: str, from_0: str) -> None:
-    """For Config.__post_init__: the fields named in `above_0` are > 0, those in `from_0` >= 0, all of them finite.
-
-    A nan is in no range, an infinity in none that ends.
-    """
+def require_numbers(config: Any, above_0: str, from_0: str = "") -> None:
+    """The fields named in `above_0` are > 0, those in `from_0` >= 0; NaN, infinity and absurd sizes
+    are refused."""
     for names, sign in ((above_0, ">"), (from_0, ">=")):
         for name in names.split():
             value = getattr(config, name)
             require(0 < value < 2**63 or (value == 0 and sign == ">="),
                     f"--{name.replace('_', '-')} {value}: must be {sign} 0 and finite")
-
-
-def runs_folder(dataset: str, preset: str) -> Path:
-    """Where the runs of a dataset and preset go: runs/reviews, runs/imdb, runs/imdb-gpu."""
-    return Path("runs") / (dataset if preset == "cpu" else f"{dataset}-{preset}")
+            require(not isinstance(value, int) or value < 10**9 or name == "seed",
+                    f"--{name.replace('_', '-')} {value}: must be below 10^9")

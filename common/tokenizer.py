@@ -1,11 +1,14 @@
 """Byte-level BPE: merges learned here on the task's own documents, encoding done by tiktoken.
 
-Small vocabularies (about 1k for `reviews`, 4k for `imdb`) because in a tiny GPT the output head costs more than all the
-layers: at d=128 and 4 layers, GPT-2's 50,257 tokens make a training step four to five times slower than 4,096.
+Small vocabularies (about 1k for `reviews`, 4k for `imdb`) because in a tiny GPT the output head
+costs more than all the
+layers: at d=128 and 4 layers, GPT-2's 50,257 tokens make a training step four to five times slower
+than 4,096.
 
-Every tokenizer has three ids of its own, after the merges: pad, bos (begin) and eos (end). They are never produced by
-encoding text, so a text that contains "<|eos|>" cannot end a response. GPT-2's own vocabulary has one special token,
-<|endoftext|>, which serves as all three; padding is still recognised by lengths alone, never by its id.
+Every tokenizer has three ids of its own, after the merges: pad, bos (begin) and eos (end). They are
+never produced by encoding text, so a text that contains "<|eos|>" cannot end a response. GPT-2's
+own vocabulary has one special token, <|endoftext|>, which serves as all three; padding is still
+recognised by lengths alone, never by its id.
 """
 from __future__ import annotations
 
@@ -40,10 +43,14 @@ class Tokenizer:
         self.ranks = ranks
         self.pad, self.bos, self.eos = special or tuple(len(ranks) + i for i in range(3))
         self.vocab_size = max(len(ranks), self.pad + 1, self.bos + 1, self.eos + 1)
-        self._bpe = tiktoken.Encoding("bpe", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+        self._bpe = tiktoken.Encoding("bpe",
+                                      pat_str=PATTERN,
+                                      mergeable_ranks=ranks,
+                                      special_tokens={})
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. Prompt and response are encoded separately and joined, so no merge crosses between them."""
+        """Ids of a text. Prompt and response are encoded separately and joined, so no merge crosses
+        between them."""
         return self._bpe.encode_ordinary(text)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -51,15 +58,18 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; pad, bos and eos are left out, bytes that are no UTF-8 become U+FFFD."""
-        return self._bpe.decode([i for i in ids if i not in (self.pad, self.bos, self.eos)], errors="replace")
+        return self._bpe.decode([i for i in ids if i not in (self.pad, self.bos, self.eos)],
+                                errors="replace")
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes that an id stands for; none for pad, bos and eos."""
-        return b"" if id in (self.pad, self.bos, self.eos) else self._bpe.decode_single_token_bytes(id)
+        return b"" if id in (self.pad, self.bos,
+                             self.eos) else self._bpe.decode_single_token_bytes(id)
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that two tokenizers share only if they encode alike; checkpoints carry it."""
+        """16 hex digits that two tokenizers share only if they encode alike; checkpoints carry
+        it."""
         return hashlib.sha256(self._text().encode()).hexdigest()[:16]
 
     def _text(self) -> str:
@@ -80,41 +90,53 @@ class Tokenizer:
         except FileNotFoundError:
             fail(f"{path}: no such tokenizer file")
         except (ValueError, AssertionError):
-            fail(f"{path}: not a tokenizer file (expected lines of 'base64-token rank', then pad, bos and eos)")
+            fail(
+                f"{path}: not a tokenizer file (expected lines of 'base64-token rank', then pad, "
+                "bos and eos)"
+            )
 
     @classmethod
     def gpt2(cls, folder: str | Path | None = None) -> "Tokenizer":
-        """GPT-2's vocabulary, from the vocab.json of a Hugging Face checkpoint folder, or from tiktoken (network)."""
+        """GPT-2's vocabulary, from the vocab.json of a Hugging Face checkpoint folder, or from
+        tiktoken (network)."""
         vocab = Path(folder, "vocab.json") if folder else None
         if vocab is None or not vocab.exists():
             try:
                 return cls(tiktoken.get_encoding("gpt2")._mergeable_ranks, (50256, 50256, 50256))
             except Exception as error:  # requests' exceptions, which tiktoken imports lazily
-                fail(f"GPT-2's vocabulary could not be fetched ({type(error).__name__}); offline, put the checkpoint's "
-                     f"vocab.json into its folder and give that folder: --init FOLDER")
-        # GPT-2 files write bytes as printable characters: those that print stand for themselves, the rest follow 255
+                fail(
+                    f"GPT-2's vocabulary could not be fetched ({type(error).__name__}); offline, "
+                    "put the checkpoint's "
+                    f"vocab.json into its folder and give that folder: --init FOLDER")
+        # GPT-2 files write bytes as printable characters: those that print stand for themselves,
+        # the rest follow 255
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         to_byte = {chr(b): b for b in printable}
         to_byte |= {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(printable)))}
         ids = json.loads(vocab.read_text(encoding="utf-8"))
         end = ids.pop("<|endoftext|>", 50256)
-        return cls({bytes(to_byte[c] for c in token): i for token, i in ids.items()}, (end, end, end))
+        return cls({bytes(to_byte[c] for c in token): i
+                    for token, i in ids.items()}, (end, end, end))
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn merges: join the most frequent adjacent pair, until the vocabulary is full (Sennrich et al. 2016).
+    """Learn merges: join the most frequent adjacent pair, until the vocabulary is full (Sennrich et
+    al. 2016).
 
-    Counts are kept per distinct word and updated only where a merge applies, so 4,096 tokens on 20 MB take seconds.
-    Ties go to the pair with the smaller ids, so the result does not depend on the order of a dictionary.
+    Counts are kept per distinct word and updated only where a merge applies, so 4,096 tokens on 20
+    MB take seconds. Ties go to the pair with the smaller ids, so the result does not depend on the
+    order of a dictionary.
 
     Args:
-        vocab_size: size with the 256 bytes and the three special ids; fewer if the texts run out of pairs.
+        vocab_size: size with the 256 bytes and the three special ids; fewer if the texts run out of
+            pairs.
     """
     counts = Counter(word for text in texts for word in regex.findall(PATTERN, text))
     words = [list(word.encode()) for word in counts]  # each word as a list of ids
     weights = list(counts.values())
     tokens = [bytes([b]) for b in range(256)]
-    pairs, where = Counter(), defaultdict(set)  # pair -> count; pair -> indices of the words that hold it
+    # pair -> count; pair -> indices of the words that hold it
+    pairs, where = Counter(), defaultdict(set)
     for i, ids in enumerate(words):
         for pair in zip(ids, ids[1:]):
             pairs[pair] += weights[i]
@@ -123,7 +145,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     heapq.heapify(heap)
     while heap and len(tokens) < vocab_size - len(SPECIAL):
         count, pair = heapq.heappop(heap)
-        if -count != pairs[pair] or not count:  # an old entry: the count has changed since it was pushed
+        # an old entry: the count has changed since it was pushed
+        if -count != pairs[pair] or not count:
             continue
         new = len(tokens)
         tokens.append(tokens[pair[0]] + tokens[pair[1]])

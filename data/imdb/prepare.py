@@ -22,7 +22,6 @@ each part two more reviews are copies but for white space and line breaks.
 """
 
 import lzma
-import os
 import random
 import re
 import sys

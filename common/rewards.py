@@ -1,0 +1,300 @@
+"""Rewards: the gold one, a learned one, or a function of yours. One interface for all:
+
+    reward(prompts, responses, samples=None) -> (B,) fp32 on the CPU; texts go in, higher is better
+    reward.name     what it is, in words, for the tables that report it
+    reward.id       what tells it from another reward: what was scored with it is tied to it by this
+    reward.model    the ScalarModel behind a learned one; a value network can start from it
+
+`samples` are the responses as they were sampled. A model scores these very tokens, as a text can be
+written with others.
+"""
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import inspect
+import itertools
+import json
+import math
+import numbers
+import sys
+import textwrap
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+
+from common import fail, short, tasks
+from common.files import read_json_object, read_jsonl, sha256
+from common.run import check_same_task, load_run
+from common.tokenizer import Tokenizer
+from common.training import autocast, device, fingerprint, pad
+from model import Samples, ScalarModel
+
+
+@dataclass
+class Reward:
+    name: str
+    id: str
+    score: Callable[[list[str], list[str], Samples | None], torch.Tensor]
+    model: ScalarModel | None = None
+
+    def __call__(self,
+                 prompts: list[str],
+                 responses: list[str],
+                 samples: Samples | None = None) -> torch.Tensor:
+        return self.score(prompts, responses, samples)
+
+
+# ---- gold: what a task says is right ("gold" is the word of Gao et al. 2022; others say true, or o
+
+def exact_reward(dataset: str) -> Reward:
+    """The reward that the task defines as a function of the text, prompt and response."""
+    task = tasks.load(dataset)
+    function = task.gold_reward
+
+    def score(prompts: list[str], responses: list[str], _: Samples | None = None) -> torch.Tensor:
+        return torch.tensor(
+            [function(prompt + response) for prompt, response in zip(prompts, responses)])
+
+    return Reward(task.gold_name, function_id(function, dataset), score)
+
+
+def function_id(function: Callable[[str], float], dataset: str) -> str:
+    """16 hex digits of a reward function: of its code, without comments, and of what it gives on
+    texts of the task.
+
+    The code alone would miss a change in a function or a table that it uses.
+    """
+    folder = tasks.prepared(dataset)
+    prompts = tasks.prompts(dataset, "test")[:200]
+    # another prompt's, so no
+    texts = [row["text"] for row in read_jsonl(folder / "test.jsonl", {"text": str})[1:201]]
+    # reference is its own response
+    values = [function(prompt + " " + text) for prompt, text in zip(prompts, texts)]
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        body = tree.body[0].body
+        if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            del body[0]  # the docstring
+        code = ast.dump(tree)
+    except (OSError, TypeError, SyntaxError, AttributeError, IndexError):
+        code = ""  # of a function that was made, not written
+    return hashlib.sha256((code + json.dumps(values)).encode()).hexdigest()[:16]
+
+
+def gold_model(folder: Path) -> Reward:
+    """A trained gold reward: P(positive) of a classifier, or sigmoid(score) of a reward model of
+    human comparisons."""
+    model, _ = load_run(folder, ScalarModel)
+    tokenizer = Tokenizer.load(folder / "tokenizer.tiktoken")
+    settings = read_json_object(folder / "config.json")
+    pairwise = settings.get("on", "") == "pairs" or settings.get("script", "") == "reward_model.py"
+
+    def score(prompts: list[str], responses: list[str], _: Samples | None = None) -> torch.Tensor:
+        if pairwise:
+            return torch.sigmoid(pair_scores(model, tokenizer, prompts, responses))
+        texts = [prompt + response for prompt, response in zip(prompts, responses)]
+        return torch.sigmoid(classifier_logits(model, tokenizer, texts))
+
+    learned_from = "pairs" if pairwise else "labels"
+    return Reward(f"the model in {folder}, trained on {learned_from}",
+                  fingerprint(model.state_dict()), score)
+
+
+# ---- learned -------------------------------------------------------------------------------------
+
+def learned_reward(folder: str | Path, task: dict, block_size: int, dtype: str = "auto") -> Reward:
+    """The score of a reward model's finished run.
+
+    Args:
+        task: the dataset and tokenizer that it must have been trained with.
+        block_size: of the policy; the model must have room for what that writes.
+    """
+    model, meta = load_run(folder, ScalarModel)
+    check_same_task(folder, meta, task)
+    if model.config.block_size < block_size:
+        fail(
+            f"--reward {folder}: its block size is {model.config.block_size}, that of the policy "
+            f"{block_size}"
+        )
+    tokenizer = Tokenizer.load(Path(folder) / "tokenizer.tiktoken")
+
+    def score(prompts: list[str],
+              responses: list[str],
+              samples: Samples | None = None) -> torch.Tensor:
+        if samples is None:
+            return pair_scores(model, tokenizer, prompts, responses)
+        return all_scores(model, samples.tokens, samples.lengths, dtype)
+
+    return Reward(f"the reward model in {folder}", fingerprint(model.state_dict()), score, model)
+
+
+def pair_scores(model: ScalarModel, tokenizer: Tokenizer, prompts: list[str],
+                responses: list[str]) -> torch.Tensor:
+    """A pairwise reward model's score of each response, (B,), encoded as in training: <bos> prompt
+    response <eos>."""
+    encoded = zip(tokenizer.encode_batch(prompts), tokenizer.encode_batch(responses))
+    rows = [[tokenizer.bos] + prompt + response + [tokenizer.eos] for prompt, response in encoded]
+    tokens, lengths = pad(rows, tokenizer.pad)
+    if int(lengths.max()) > model.config.block_size:
+        fail(
+            f"a prompt and response have {int(lengths.max())} tokens, the block size of the reward "
+            "model is "
+            f"{model.config.block_size}")
+    return all_scores(model, tokens, lengths)
+
+
+@torch.no_grad()
+def all_scores(model: ScalarModel,
+               tokens: torch.Tensor,
+               lengths: torch.Tensor,
+               dtype: str = "auto") -> torch.Tensor:
+    """The score of every row, (N,), without gradient. Equal rows (a response is in several pairs)
+    are scored once."""
+    different, where = torch.unique(torch.cat([tokens, lengths[:, None]], 1),
+                                    dim=0,
+                                    return_inverse=True)
+    tokens, lengths = different[:, :-1], different[:, -1]
+    scores = torch.empty(len(tokens))
+    for rows in lengths.argsort(stable=True).split(256):
+        longest = int(lengths[rows].max())
+        with autocast(dtype):
+            scores[rows] = model.score(tokens[rows, :longest].to(device()),
+                                       lengths[rows].to(device())).cpu()
+    return scores[where]
+
+
+@torch.no_grad()
+def classifier_logits(model: ScalarModel,
+                      tokenizer: Tokenizer,
+                      texts: list[str],
+                      dtype: str = "auto") -> torch.Tensor:
+    """log-odds of "positive", (B,). A text longer than the block is cut into windows, whose
+    log-odds are averaged by length."""
+    size = model.config.block_size - 1  # <bos> takes a place
+    windows, owner = [], []  # owner[j]: the text that window j is of
+    for i, ids in enumerate(tokenizer.encode_batch(texts)):
+        for start in range(0, max(len(ids), 1), size):
+            windows.append([tokenizer.bos] + ids[start:start + size])
+            owner.append(i)
+    lengths = torch.tensor([len(window) for window in windows])
+    logits = torch.zeros(len(windows))
+    for rows in lengths.argsort(stable=True).split(256):
+        tokens, _ = pad([windows[i] for i in rows.tolist()], tokenizer.pad)
+        with autocast(dtype):
+            logits[rows] = model.score(tokens.to(device()), lengths[rows].to(device())).cpu()
+    weights = lengths.float()
+    owners = torch.tensor(owner)
+    total = torch.zeros(len(texts)).index_add(0, owners, logits * weights)
+    return total / torch.zeros(len(texts)).index_add(0, owners, weights)
+
+
+# ---- yours ---------------------------------------------------------------------------------------
+
+def user_function(name: str, flag: str) -> Callable[..., torch.Tensor]:
+    """FILE.py:function, to be called with lists of texts; (B,) fp32 numbers come back.
+
+    Whatever goes wrong in it stops with one line that names the user's own file and line: while it
+    is loaded, and while it is called. It gets copies of the lists, so it may do with them what it
+    likes.
+    """
+    path, _, attribute = name.rpartition(":")
+    if not path.endswith(".py") or not Path(path).is_file():
+        others = ""
+        if flag == "--reward":
+            others = "model, gold, the folder of a reward model's run, or "
+        fail(f"{flag} {name!r}: expected {others}FILE.py:function")
+    module = load_module(path, f"{flag} {name}")
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        fail(f"{flag} {name}: {path} has no function {attribute!r}")
+
+    def checked(*texts: list[str]) -> torch.Tensor:
+        count = len(texts[-1])
+        try:
+            returned = function(*(list(column) for column in texts))
+            returned = returned.tolist() if hasattr(returned, "tolist") else returned
+            values = list(itertools.islice(returned, count + 1))  # a generator may have no end
+            found = len(returned) if isinstance(returned, (list, tuple)) else len(values)
+        except KeyboardInterrupt:
+            raise
+        # SystemExit, too: the end of the user's function is not the end of the run
+        except BaseException as error:
+            fail(f"{flag} {name}: {described(error)} ({blamed(error, path, function)})")
+        place = blamed(None, path, function)
+        if len(values) != count:
+            many = f"more than {count}" if found == count + 1 and not isinstance(
+                returned, (list, tuple)) else found
+            fail(f"{flag} {name}: returned {many} numbers for {count} responses ({place})")
+        for i, value in enumerate(values):
+            if not is_finite_number(value):
+                fail(
+                    f"{flag} {name}: returned {short(repr(value), 40)} for response {i} "
+                    f"({texts[-1][i][:40]!r}), expected a "
+                    f"finite number ({place})")
+        return torch.tensor([float(value) for value in values])
+
+    return checked
+
+
+def load_module(path: str, what: str) -> Any:
+    """A Python file as a module. Files beside it can be imported, and dataclasses and pickle find
+    it by its name."""
+    name = "user_" + hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:12]
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    beside = str(Path(path).resolve().parent)
+    if beside not in sys.path:
+        # behind ours: a model.py of theirs must not take the place of our own
+        sys.path.append(beside)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        place = f", line {error.lineno}" if isinstance(
+            error, SyntaxError) else f"; {blamed(error, path, None)}"
+        fail(f"{what}: {path} cannot be loaded ({described(error)}{place})")
+    return module
+
+
+def described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {short(error)}" if str(error) else type(error).__name__
+
+
+def blamed(error: BaseException | None, path: str, function: Any) -> str:
+    """File and line of the user's code: where it raised, or else where the function begins."""
+    frames = traceback.extract_tb(error.__traceback__) if error else []
+    own = [frame for frame in frames if Path(frame.filename).resolve() == Path(path).resolve()]
+    if own:
+        return f"{path}, line {own[-1].lineno}"
+    code = getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None)
+    return f"{path}, line {code.co_firstlineno}" if code else path
+
+
+def is_finite_number(value: Any) -> bool:
+    """Whether a value is a number that fp32 can hold; True is no number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    try:
+        return math.isfinite(float(value)) and bool(torch.tensor(float(value)).isfinite())
+    except OverflowError:
+        return False
+
+
+def own_reward(name: str) -> Reward:
+    """--reward FILE.py:function as a reward; another content of the file is another reward."""
+    function = user_function(name, "--reward")
+    return Reward(name,
+                  sha256(name.rpartition(":")[0])[:16],
+                  lambda prompts, responses, _: function(prompts, responses))
+
+
+def is_own(name: str) -> bool:
+    """Whether --reward names a function of the user's, rather than model, gold or a folder."""
+    return name not in ("model", "gold") and not (name and Path(name).is_dir())
