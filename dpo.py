@@ -1,108 +1,128 @@
-"""Direct Preference Optimization: learn a policy from preference pairs, with no reward model and no sampling.
+"""Direct Preference Optimization: a policy from preference pairs, without a reward model and
+without sampling.
 
     L(theta) = - E_{(x, y_w, y_l)} log sigmoid( beta log pi_theta(y_w|x)/pi_ref(y_w|x)
-                                              - beta log pi_theta(y_l|x)/pi_ref(y_l|x) )      (Rafailov et al. 2023, Eq. 7)
+                                              - beta log pi_theta(y_l|x)/pi_ref(y_l|x) )     (Eq. 7)
 
-It is the Bradley-Terry likelihood of the pairs under the implicit reward r(x, y) = beta log pi_theta(y|x)/pi_ref(y|x). If
-the pairs do come from a Bradley-Terry model with reward r*, its optimum is pi_ref(y|x) exp(r*(x, y) / beta) / Z(x), Eq. 4.
+(Rafailov et al. 2023.) It is the Bradley-Terry likelihood of the pairs under the implicit reward
+r(x, y) = beta log pi_theta(y|x)/pi_ref(y|x). If the pairs do come from a Bradley-Terry model with
+reward r*, its optimum is pi_ref(y|x) exp(r*(x, y) / beta) / Z(x), Eq. 4.
 
-    python dpo.py --beta 0.1                     # `reviews`, from nothing: under 2 minutes on 2 cores, half of one the next time
-    python dpo.py --dataset imdb --beta 0.1      # the paper's sentiment task, about two hours on 2 cores
-    python dpo.py --loss unlikelihood --alpha 0.5        # the paper's baseline: -log pi(y_w|x) + alpha log pi(y_l|x)
-    python dpo.py --pairs FILE.jsonl             # your own pairs: {"prompt", "chosen", "rejected"}
+    python dpo.py --beta 0.1                  # two minutes from nothing on 2 cores, then half a one
+    python dpo.py --dataset imdb --beta 0.1   # the paper's sentiment task, two hours on 2 cores
+    python dpo.py --loss unlikelihood         # the paper's baseline, without a reference
+    python dpo.py --pairs FILE.jsonl          # your own pairs: {"prompt", "chosen", "rejected"}
 
-Reads   the SFT policy (trained if it is missing); the pairs (sampled from it and labelled, if they are missing)
-Writes  runs/<dataset>/dpo-beta<beta>-seed<seed>/ : log.jsonl, model.pt, evaluation.json, samples.jsonl, figure.png
+Reads   the SFT policy (trained if it is missing); the pairs (sampled from it and labelled, if they
+        are missing)
+Writes  runs/<dataset>/dpo-beta<beta>-seed<seed>.../ : log.jsonl, model.pt, evaluation.json,
+        samples.jsonl, figure.png
 
-Differs from the paper: AdamW for RMSprop, tiny models and so a larger learning rate; reference log-probabilities are
-computed once, before training; on `reviews` the labels are drawn from the Bradley-Terry model instead of being free of
-noise, because then the theory says where DPO must end (--labels argmax gives the paper's).
+Differs from the paper: AdamW for RMSprop, tiny models and so a larger learning rate; reference
+log-probabilities are
+computed once, before training; on `reviews` the labels are drawn from the Bradley-Terry model
+instead of being free of noise, because then the theory says where DPO must end (--labels argmax
+gives the paper's).
 
-Symbols: chosen = y_w, rejected = y_l, reward = the implicit one above, logprobs are sums over the response's tokens.
+Symbols: chosen = y_w, rejected = y_l, reward = the implicit one above, logprobs are sums over the
+response's tokens.
 """
 from __future__ import annotations
 
+import common  # noqa: F401  first, so that Ctrl-C while torch is imported is one line, too
+
 import copy
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import evaluate
-import reward_model
-import sft
-from common.files import atomic_write, sha256
-from common.run import Run, check_folder
-from common.settings import parse, require, require_numbers, runs_folder
-from common.training import adamw, autocast, batches, device, fingerprint, pad
-from common.pairs import default_labels, encode_pairs, ensure_pairs, label_scale, read_pairs
-from common.tokenizer import Tokenizer
-from common.run import load_run
+from common import pipeline, tasks
+from common.pairs import pair_tensors, split
+from common.run import Run
+from common.settings import parse, require, require_numbers, run_folder, settings
+from common.training import (Dtype, Mean, adamw, autocast, batches, check_steps, device, half_ties,
+                             set_lr, warmup_linear)
 from model import response_logprobs, summed_logprobs
 
 
-@dataclass
+@settings
 class Config:
-    dataset: str = "reviews"  # a folder of data/
-    preset: str = "cpu"  # defaults for a machine: cpu, or gpu (imdb)
-    beta: float = 0.1  # weight of the KL to the reference: small = far from it, large = close to it
-    label_smoothing: float = 0.0  # the chance that a label is wrong, if you believe so (cDPO); below 0.5
-    loss: Literal["dpo", "unlikelihood"] = "dpo"  # unlikelihood: the paper's baseline, without a reference; ignores beta
-    alpha: float = 0.5  # weight of the rejected response in the unlikelihood loss
-    labels: Literal["bt", "argmax"] = "bt"  # who wins: drawn from Bradley-Terry, or always the better (the paper, IMDb)
-    prompts: int = 0  # prompts to sample the pairs for, six pairs each; 0 = as many as the preset says
-    pairs: str = ""  # your own pairs, a JSON-lines file, in place of sampled ones
-    sft: str = ""  # run folder of the SFT policy, if not runs/<dataset>/sft
-    out: str = ""  # run folder, if not dpo-beta<beta>-seed<seed> beside the SFT policy
-    epochs: float = 1.0  # passes over the pairs; the paper makes one
-    batch_size: int = 32  # pairs a step
-    micro_batch_size: int = 0  # pairs a forward pass, if memory is short; 0 = all at once; same gradient
-    lr: float = 2e-4  # learning rate after the warm-up, then falling linearly to 0
-    warmup: int = 15  # steps of linear warm-up
-    max_grad_norm: float = 1.0  # gradient clipping
-    seed: int = 0  # order of the pairs
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; auto = bfloat16 on CUDA only
-    compile: bool = False  # torch.compile the model
-    evaluate_every: int = 0  # steps between evaluations on the test prompts; 0 = only at the end
-    checkpoint_every: float = 60.0  # seconds between checkpoints
-    resume: bool = False  # go on from the last checkpoint
+    dataset: str = "reviews"  # Task: a folder of data/.
+    preset: str = "cpu"  # Kind of machine that the task's sizes are meant for.
 
-    PRESETS: ClassVar[dict] = {("posts", "cpu"): dict(lr=1e-4),
-                               ("tldr", "cpu"): dict(labels="argmax", lr=5e-5),
-                               ("imdb", "cpu"): dict(labels="argmax", lr=3e-5, warmup=50),
-                               ("imdb", "gpu"): dict(labels="argmax", lr=5e-5, warmup=150, batch_size=64)}
+    # ---- the loss
+    loss: Literal["dpo", "unlikelihood"] = "dpo"  # DPO's, or the paper's baseline without
+    # reference.
+    beta: float = 0.1  # Weight of the KL to the reference: small = far from it.
+    label_smoothing: float = 0.0  # Chance that a label is wrong (conservative DPO); below 0.5.
+    alpha: float = 0.5  # Weight of the rejected response in the unlikelihood loss.
+
+    # ---- what it learns from
+    labels: Literal["bt", "argmax"] = "bt"  # Who wins: by Bradley-Terry, or the better.
+    prompts: int = 0  # Prompts to sample pairs for, six pairs each; 0 = the task's number.
+    pairs: str = ""  # A JSON-lines file of your own pairs, in place of sampled ones.
+    sft: str = ""  # Run folder of the SFT policy, if not runs/<dataset>/sft.
+
+    # ---- optimisation
+    epochs: float = 1.0  # Passes over the pairs; the paper makes one.
+    batch_size: int = 32  # Pairs per step.
+    micro_batch_size: int = 0  # Pairs per forward pass if memory is short; 0 = all. Same gradient.
+    lr: float = 2e-4  # Learning rate after the warm-up, from where it falls linearly to 0.
+    warmup: int = 15  # Steps of linear warm-up.
+    max_grad_norm: float = 1.0  # Norm at which gradients are clipped.
+    seed: int = 0  # Seed of the order of the pairs.
+    dtype: Dtype = "auto"  # Number format of matrix products; auto = bfloat16 on CUDA.
+    compile: bool = False  # Use torch.compile on the model.
+
+    # ---- the run
+    out: str = ""  # Run folder, if not one named by the settings, beside the SFT policy.
+    evaluate_every: int = 0  # Steps between evaluations on the test prompts; 0 = only at the end.
+    bank_samples: int = 0  # Reference responses per test prompt, for the optimum; 0 = the task's.
+    checkpoint_every: float = 60.0  # Seconds between checkpoints.
+    resume: bool = False  # Go on from the last checkpoint.
 
     def __post_init__(self) -> None:
-        require_numbers(self, above_0="beta epochs batch_size lr warmup max_grad_norm",
-                        from_0="alpha prompts micro_batch_size seed evaluate_every checkpoint_every")
-        require(0 <= self.label_smoothing < 0.5, f"--label-smoothing {self.label_smoothing}: must be in [0, 0.5)")
-        base = Path(self.sft).parent if self.sft else runs_folder(self.dataset, self.preset)
-        require(self.loss == "dpo" or not self.label_smoothing, "--label-smoothing: needs --loss dpo")
-        require(self.loss == "unlikelihood" or self.alpha == Config.alpha, "--alpha: needs --loss unlikelihood")
+        require_numbers(
+            self,
+            above_0="beta epochs batch_size lr warmup max_grad_norm",
+            from_0="alpha prompts micro_batch_size seed evaluate_every bank_samples "
+            "checkpoint_every")
+        dpo = self.loss == "dpo"
+        require(0 <= self.label_smoothing < 0.5,
+                f"--label-smoothing {self.label_smoothing}: must be in [0, 0.5)")
+        require(dpo or not self.label_smoothing, "--label-smoothing: needs --loss dpo")
+        require(dpo or self.beta == Config.beta, "--beta: needs --loss dpo")
+        require(not dpo or self.alpha == Config.alpha, "--alpha: needs --loss unlikelihood")
         require(not (self.prompts and self.pairs), "--prompts: not with --pairs")
-        labels = "-own" if self.pairs else f"-{self.labels}" if self.labels != default_labels(self.dataset) else ""
-        labels += f"-{self.prompts}" if self.prompts else ""
-        weight = f"beta{self.beta:g}" if self.loss == "dpo" else f"alpha{self.alpha:g}"
-        self.out = self.out or str(base / f"{self.loss}{labels}-{weight}-seed{self.seed}")
+        self.out = self.out or run_folder(
+            self, self.loss, always=("beta" if dpo else "alpha", "seed"), never=("loss", ))
 
 
-def dpo_loss(chosen_logprobs: torch.Tensor, rejected_logprobs: torch.Tensor, ref_chosen_logprobs: torch.Tensor,
-             ref_rejected_logprobs: torch.Tensor, beta: float,
+def dpo_loss(chosen_logprobs: torch.Tensor,
+             rejected_logprobs: torch.Tensor,
+             ref_chosen_logprobs: torch.Tensor,
+             ref_rejected_logprobs: torch.Tensor,
+             beta: float,
              label_smoothing: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The DPO loss of each pair, Eq. 7; with label smoothing, conservative DPO (Mitchell 2023).
 
     Args:
-        *_logprobs: (B,) log pi(y|x), *summed* over the response's tokens, in nats. A mean would divide beta by the length.
+        *_logprobs: (B,) log pi(y|x), *summed* over the response's tokens, in nats. A mean would
+            divide beta by the length.
         beta: weight of the KL to the reference, > 0.
         label_smoothing: the chance that chosen and rejected are the wrong way round.
     Returns:
-        losses (B,); chosen_rewards and rejected_rewards (B,), the implicit rewards, without gradient.
+        losses (B,); chosen_rewards and rejected_rewards (B,), the implicit rewards, without
+        gradient.
 
-    Its gradient is -beta sigmoid(rejected_reward - chosen_reward) [grad log pi(y_w) - grad log pi(y_l)], below Eq. 7: a pair
-    weighs as much as the implicit reward gets it wrong. At pi_theta = pi_ref the loss is ln 2 and the weight 1/2.
+    Its gradient, below Eq. 7, is
+        -beta sigmoid(rejected_reward - chosen_reward) [grad log pi(y_w) - grad log pi(y_l)]
+    so a pair weighs as much as the implicit reward gets it wrong. At pi_theta = pi_ref the loss is
+    ln 2 and the weight 1/2.
     """
     chosen_rewards = beta * (chosen_logprobs - ref_chosen_logprobs)
     rejected_rewards = beta * (rejected_logprobs - ref_rejected_logprobs)
@@ -111,137 +131,139 @@ def dpo_loss(chosen_logprobs: torch.Tensor, rejected_logprobs: torch.Tensor, ref
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
-def unlikelihood_loss(chosen_logprobs: torch.Tensor, rejected_logprobs: torch.Tensor, alpha: float) -> torch.Tensor:
-    """-log pi(y_w|x) + alpha log pi(y_l|x) of each pair, (B,): the paper's Unlikelihood baseline (sections 6, C.3).
+def unlikelihood_loss(chosen_logprobs: torch.Tensor, rejected_logprobs: torch.Tensor,
+                      alpha: float) -> torch.Tensor:
+    """-log pi(y_w|x) + alpha log pi(y_l|x) of each pair, (B,): the paper's Unlikelihood baseline
+    (sections 6, C.3).
 
     No reference and no sigmoid: nothing stops the second term, which has no lower bound.
     """
     return -chosen_logprobs + alpha * rejected_logprobs
 
 
+def losses_of(
+        config: Config, chosen_logprobs: torch.Tensor, rejected_logprobs: torch.Tensor,
+        ref_chosen_logprobs: torch.Tensor,
+        ref_rejected_logprobs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss that --loss names, and the implicit rewards, (B,) each: in training and on held-out
+    pairs alike."""
+    losses, chosen_rewards, rejected_rewards = dpo_loss(chosen_logprobs, rejected_logprobs,
+                                                        ref_chosen_logprobs, ref_rejected_logprobs,
+                                                        config.beta, config.label_smoothing)
+    if config.loss == "unlikelihood":
+        losses = unlikelihood_loss(chosen_logprobs, rejected_logprobs, config.alpha)
+    return losses, chosen_rewards, rejected_rewards
+
+
 def train(config: Config) -> Path:
     """Build what is missing, train, evaluate, and return the run folder."""
-    # ---- 1) the reference policy, the gold reward and the pairs ------------------------------------------------------
-    check_folder(config)
-    own_pairs = read_pairs(config.pairs) if config.pairs else []
-    sft_folder = sft.ensure(config.sft, config.dataset, config.preset, config.dtype)
-    base = sft_folder.parent
-    ref, meta = load_run(sft_folder)
-    tokenizer = Tokenizer.load(sft_folder / "tokenizer.tiktoken")
-    evaluate.check_same_task(sft_folder, meta, {"dataset": config.dataset, "tokenizer": tokenizer.fingerprint})
-    weights = fingerprint(ref.state_dict())
-    pairs = encode_pairs(own_pairs, tokenizer, ref.config.block_size, config.pairs) if own_pairs else []
-    gold = reward_model.ensure_gold(sft_folder, config.dataset, config.preset, config.dtype)
-    path = config.pairs or ensure_pairs(base, config.dataset, config.preset, config.labels, ref, tokenizer, weights, gold,
-                                        config.prompts)
-    bank = evaluate.ensure_bank(base, config.dataset, config.preset, ref, tokenizer, weights, gold)
-    pairs = pairs or encode_pairs(read_pairs(path), tokenizer, ref.config.block_size, path)
-    held = len(pairs) // 20  # the last pairs measure the implicit reward; their prompts (but one) are not trained on
-    # one row holds a chosen response, and the row `len(pairs)` further on its rejected one
-    tokens, lengths = pad([p.prompt + p.chosen for p in pairs] + [p.prompt + p.rejected for p in pairs], tokenizer.pad)
-    prompt_lengths = torch.tensor([len(p.prompt) for p in pairs] * 2)
+    # ---- 1) the reference policy, the pairs, and what the policy will be measured with -----------
+    start = pipeline.start(config)
+    pairs = pair_tensors(start.pairs, start.tokenizer.pad)  # (2, N, ...): chosen, rejected
+    train_rows, held_rows = split(start.pairs, draw=bool(config.pairs))  # no prompt is in both
+    ref_logprobs = pipeline.reference_logprobs(start, pairs)  # (2, N), once: it does not change
 
-    # ---- 2) reference log-probabilities, once: of these weights and these pairs, for every beta and seed --------------
-    cache = base / "ref-logprobs" / f"{weights}-{sha256(path)[:16]}-{device().type}-{config.dtype}.pt"
-    try:
-        ref_logprobs = torch.load(cache, weights_only=True)
-    except Exception:  # not there, or damaged, of which torch.load knows many kinds
-        ref_logprobs = summed_logprobs(ref, tokens, prompt_lengths, lengths, config.dtype)
-        atomic_write(cache, lambda file: torch.save(ref_logprobs, file))
-
-    # ---- 3) the policy starts as a copy of the reference -------------------------------------------------------------
-    policy = copy.deepcopy(ref).train()
+    # ---- 2) the policy starts as a copy of the reference -----------------------------------------
+    policy = copy.deepcopy(start.ref).train()
     optimizer = adamw(policy, config.lr, weight_decay=0.0, betas=(0.9, 0.95))
-    run = Run(config, policy, [optimizer], built_from={"sft": weights, "pairs": sha256(path)})
-    train_pairs = len(pairs) - held
-    steps = max(1, round(config.epochs * train_pairs / config.batch_size))
-    order = batches(torch.maximum(*lengths.view(2, -1))[:train_pairs], config.batch_size, config.seed)
-    for _ in range(run.step):
-        next(order)
+    steps = max(1, round(config.epochs * len(train_rows) / config.batch_size))
+    check_steps(steps, config.warmup)
+    run = Run(config, policy, [optimizer], built_from(config, start), steps)
+    longer = pairs.lengths.amax(0)[train_rows]  # similar lengths go together and save padding
+    batch_iterator = batches(longer, config.batch_size, config.seed, start=run.step)
     forward = torch.compile(response_logprobs) if config.compile else response_logprobs
 
-    def logprobs_of(batch: torch.Tensor) -> torch.Tensor:
-        """(2, B) log pi(y|x): chosen, rejected, in one forward pass."""
-        rows = torch.cat([batch, batch + len(pairs)])
+    def logprobs_of(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """log pi(y|x) of the chosen and of the rejected responses, (b,) each, from one forward pass
+        of 2 b rows."""
+        tokens = pairs.tokens[:, rows].flatten(0, 1).to(device())  # (2 b, T)
+        prompt_lengths = pairs.prompt_lengths[:, rows].flatten().to(device())
+        lengths = pairs.lengths[:, rows].flatten().to(device())
         with autocast(config.dtype):
-            return forward(policy, *(x[rows].to(device()) for x in (tokens, prompt_lengths, lengths))).sum(1).view(2, -1)
+            logprobs = forward(policy, tokens, prompt_lengths, lengths)  # (2 b, R), one per token
+        chosen, rejected = logprobs.sum(1).view(2, -1)
+        return chosen, rejected
 
-    # ---- 4) train ----------------------------------------------------------------------------------------------------
-    dpo = config.loss == "dpo"
-    name = f"DPO beta {config.beta:g}" if dpo else f"Unlikelihood alpha {config.alpha:g}"
-    bar = tqdm(range(run.step, steps), f"{name}, {train_pairs} pairs", steps, initial=run.step)
+    # ---- 3) train --------------------------------------------------------------------------------
+    name = f"DPO beta {config.beta:g}"
+    if config.loss == "unlikelihood":
+        name = f"Unlikelihood alpha {config.alpha:g}"
+    bar = tqdm(range(run.step, steps), f"{name}, {len(train_rows)} pairs", steps, initial=run.step)
     for step in bar:
         if config.evaluate_every and step % config.evaluate_every == 0:
-            evaluate.along(run, step, policy, ref, tokenizer, bank, gold)
-        for group in optimizer.param_groups:  # linear warm-up, then linear to 0
-            group["lr"] = config.lr * min((step + 1) / config.warmup, 1 - step / steps)
-        batch = next(order)
-        parts = []
+            evaluate.log_evaluation(run, step, policy, start)
+        lr = config.lr * warmup_linear(step, steps, config.warmup)
+        set_lr([optimizer], lr)
+
+        batch = train_rows[next(batch_iterator)]  # (B,) numbers of pairs
+        metrics = Mean()
         for rows in batch.split(config.micro_batch_size or len(batch)):
-            ref_chosen, ref_rejected = (ref_logprobs[r].to(device()) for r in (rows, rows + len(pairs)))
-            chosen, rejected = logprobs_of(rows)
-            losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta,
-                                                                config.label_smoothing)
-            if not dpo:
-                losses = unlikelihood_loss(chosen, rejected, config.alpha)
+            chosen_logprobs, rejected_logprobs = logprobs_of(rows)
+            losses, chosen_rewards, rejected_rewards = losses_of(
+                config, chosen_logprobs, rejected_logprobs, *ref_logprobs[:, rows])
+            # divided by the whole batch, so that micro-batches add up to the gradient of its mean
             (losses.sum() / len(batch)).backward()
-            parts.append(torch.stack([losses.detach(), (chosen_rewards > rejected_rewards).float(), chosen_rewards,
-                                      rejected_rewards, chosen.detach(), rejected.detach()]))
+            metrics.add(loss=losses, accuracy=half_ties(chosen_rewards, rejected_rewards),
+                        chosen_reward=chosen_rewards, rejected_reward=rejected_rewards,
+                        margin=chosen_rewards - rejected_rewards,
+                        chosen_logprobs=chosen_logprobs, rejected_logprobs=rejected_logprobs)
+
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
-        names = ("loss", "accuracy", "chosen_reward", "rejected_reward", "chosen_logprobs", "rejected_logprobs")
-        values = dict(zip(names, torch.cat(parts, 1).mean(1).tolist()))  # means over the pairs, however they were split
-        run.check_finite(step, batch, **values, grad_norm=grad_norm)
+        values = metrics.values()
+        run.check_finite(step, batch, **values, grad_norm=grad_norm)  # stop before a NaN spreads
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        run.log(step=step, **values, margin=values["chosen_reward"] - values["rejected_reward"], grad_norm=grad_norm,
-                lr=optimizer.param_groups[0]["lr"])
+
+        run.log(step=step, **values, grad_norm=grad_norm, lr=lr)
         if step % 10 == 0:
             bar.set_postfix_str(f"loss {values['loss']:.3f}, accuracy {values['accuracy']:.2f}")
         run.checkpoint(step + 1)
 
     if config.evaluate_every:
-        evaluate.along(run, steps, policy, ref, tokenizer, bank, gold)
+        evaluate.log_evaluation(run, steps, policy, start)
 
-    # ---- 5) held-out pairs, gold reward and KL on test prompts, samples, figure --------------------------------------
+    # ---- 4) held-out pairs: is the implicit reward right about labels that it has not seen? ------
     policy.eval()
     result = {"step": steps, "seconds": run.seconds()}
-    if held:
-        rows = torch.arange(train_pairs, len(pairs))
-        logprobs = torch.stack([summed_logprobs(policy, tokens[r], prompt_lengths[r], lengths[r], config.dtype)
-                                for r in (rows, rows + len(pairs))])
-        losses, chosen_rewards, rejected_rewards = dpo_loss(*logprobs, *ref_logprobs.view(2, -1)[:, rows], config.beta)
-        losses = losses if dpo else unlikelihood_loss(*logprobs, config.alpha)
-        result |= {"held_out_loss": losses.mean().item(),
-                   "held_out_accuracy": (chosen_rewards > rejected_rewards).float().mean().item()}
+    if len(held_rows):
+        held_logprobs = []
+        for side in range(2):  # chosen, rejected
+            tokens, prompt_lengths, lengths = (x[side, held_rows] for x in pairs)
+            held_logprobs.append(
+                summed_logprobs(policy, tokens, prompt_lengths, lengths, config.dtype))
+        losses, chosen_rewards, rejected_rewards = losses_of(
+            config, *held_logprobs, *ref_logprobs[:, held_rows].cpu())
+        result["held_out_loss"] = losses.mean().item()
+        result["held_out_accuracy"] = half_ties(chosen_rewards, rejected_rewards).mean().item()
     run.log(**result)
-    tokenizer.save(run.folder / "tokenizer.tiktoken")
-    run.finish(kind="GPT", architecture=asdict(policy.config), dataset=config.dataset, tokenizer=tokenizer.fingerprint)
-    scale = label_scale(config.dataset, config.preset) if dpo and config.labels == "bt" and not config.pairs else None
-    rows = evaluate.report(run.folder, name, policy, ref, tokenizer, bank, gold, config.beta / scale if scale else None, result)
-    draw(run.rows, name, bank, rows, run.folder / "figure.png")
+
+    # ---- 5) gold reward and KL on test prompts, samples, figure; printed when all of it is written
+    report = evaluate.report(run, name, policy, start, end_beta(config), result)
+    curves = {key: evaluate.smoothed(run.rows, key) for key in ("loss", "accuracy")}
+    ln_2 = (0.6931, "ln 2, the loss at the start") if config.loss == "dpo" else None
+    evaluate.draw_run(run.folder / "figure.png", f"{name} on the pairs", curves, report, ln_2)
+    run.finish(policy, start.tokenizer)
+    report.show()
     print(f"\nfigure, log, samples and model  ->  {run.folder}")
     return run.folder
 
 
-def draw(log: list[dict], name: str, bank: evaluate.Bank, rows: dict[str, dict], path: Path) -> None:
-    """Loss and accuracy of the implicit reward; gold reward against KL with the optimal curve."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    log = [row for row in log if "loss" in row]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    smooth = max(1, len(log) // 40)
-    for key, color in (("loss", "tab:blue"), ("accuracy", "tab:orange")):
-        values = torch.tensor([row[key] for row in log])
-        left.plot(values.unfold(0, smooth, 1).mean(1), color=color, label=f"{key} (mean of {smooth} steps)")
-    if name.startswith("DPO"):
-        left.axhline(0.6931, color="tab:blue", linestyle=":", linewidth=1, label="ln 2, the loss at the start")
-    left.set(xlabel="step", title=f"{name} on the pairs")
-    left.legend(fontsize=8)
-    evaluate.draw_frontier(right, bank, rows)
-    right.set_title("test prompts: gold reward against KL")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def built_from(config: Config, start: pipeline.Start) -> dict[str, str]:
+    """What a run is made from: with other weights or other pairs under the same names it is another
+    run."""
+    return {"policy": start.policy_id, "pairs": start.pairs_id}
+
+
+def end_beta(config: Config) -> float | None:
+    """The beta of the optimum at which this run must end with endless pairs, if theory says so.
+
+    Labels of the Bradley-Terry model with reward s r have their optimum at
+    pi_ref exp(s r / beta) / Z: that of r at beta / s. Labels without noise have none, and label
+    smoothing assumes a noise that these labels do not have.
+    """
+    if config.loss != "dpo" or config.labels != "bt" or config.pairs or config.label_smoothing:
+        return None
+    return config.beta / tasks.load(config.dataset).label_scale
 
 
 if __name__ == "__main__":
