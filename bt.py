@@ -1,247 +1,339 @@
-"""Bradley-Terry: from "this one is better" to a number for each item. It is the model under reward_model.py and dpo.py,
-here with nothing around it; a tool for ranking your own comparisons; and what to do when each comparison has a price.
+"""Bradley-Terry: from "this one is better" to a number for each item.
 
-    P(i beats j) = exp(r_i) / (exp(r_i) + exp(r_j)) = sigmoid(r_i - r_j)                     (Bradley and Terry 1952)
-    loss(r) = - sum over comparisons of  mu log P(i beats j) + (1 - mu) log P(j beats i),  mu = 1, 1/2 (a tie) or 0
+    P(i beats j) = exp(r_i) / (exp(r_i) + exp(r_j)) = sigmoid(r_i - r_j)   (Bradley and Terry 1952)
+    loss(r) = - sum over comparisons of log P(winner beats loser)
 
-    python bt.py                                    # simulated items, and dueling bandits; 15 s
-    python bt.py --data FILE.csv                    # a leaderboard of your comparisons
-    python bt.py --data FILE.csv --home --reference Baltimore       # with an advantage of the left side
+It is the model under reward_model.py and dpo.py, here with nothing around it, and a tool that
+ranks your own comparisons.
 
-FILE.csv has the columns left,right,outcome (left, right or tie) or winner,loser, and a weight if you like; or the columns
-ranking,position,item, one row a place: rankings of any length (Plackett 1975, Luce 1959: each place is a choice among those
-that are left, r again its logit, and two items make it Bradley-Terry).
+    python bt.py                           # simulated items, fitted beside the truth; 4 s
+    python bt.py --data FILE.csv           # a leaderboard of your comparisons
+    python bt.py --data FILE.csv --home --reference Baltimore    # the left side has an advantage
 
-One likelihood serves all comparisons. With d = r_i - r_j + home, nu >= 0 and Z = exp(d/2) + exp(-d/2) + nu,
+FILE.csv has the columns left,right,outcome (left, right or tie) or winner,loser, and a weight if
+you like; or the columns ranking,position,item, one row a place.
 
-    P(left wins) = exp(d/2) / Z,  P(tie) = nu / Z,  P(right wins) = exp(-d/2) / Z              (Davidson 1970)
+The general fit also knows ties and sides. With d = r_left - r_right + home, nu >= 0 and
+Z = exp(d/2) + exp(-d/2) + nu,
 
-which is sigmoid(d) for nu = 0; a tie then counts as half a win for each. It is concave in (r, home, log nu), so Newton's method
-finds the maximum, if there is one: an item that never lost has no finite strength, and two groups that never met no common
-scale. That is an error here, unless --prior says what to believe without data (strengths normal with this standard deviation).
+    P(left wins) = exp(d/2) / Z,   P(tie) = nu / Z,   P(right wins) = exp(-d/2) / Z  (Davidson 1970)
 
-Only differences of strengths mean anything: adding a constant to all changes no probability, so they are shown with mean 0, or
-as differences from --reference. Their scale does mean something: twice the strengths are another model.
+With nu = 0 this is sigmoid(d), and a tie then counts as half a win for each side. The loss is
+convex in (r, home, log nu), so Newton's method finds its minimum, if it has one. It has none if an
+item never lost (its strength would be infinite) or if two groups of items never met (they have no
+common scale). That is an error here, unless --prior gives the strengths a normal prior.
 
-Symbols: r strengths (K,); wins[i, j] how often i (on the left, if sides matter) beat j; losses[i, j] how often it, on the
-left, lost to j; ties[i, j]. The error bars are 95% intervals.
+Only differences of strengths mean anything: a constant added to all of them changes no probability.
+They are shown with mean 0, or as differences from --reference. Their scale does mean something:
+strengths that are twice as large are another model.
 
-Writes  runs/bt/ : leaderboard.csv, probabilities.csv, figure.png with --data; results.jsonl, figure.png without
+Symbols: r strengths (K,); wins[i, j] how often i beat j, with i on the left if sides matter;
+losses[i, j] how often i, on the left, lost to j; ties[i, j]. Intervals are 95% intervals.
+
+Writes  runs/bt/ : leaderboard.csv, probabilities.csv, figure.png with --data;
+                   results.jsonl, figure.png without
 """
 from __future__ import annotations
 
-import csv
-import io
 import math
-from dataclasses import dataclass
+from dataclasses import fields
 from pathlib import Path
-from typing import Callable, ClassVar, Literal, NamedTuple, Sequence
+from typing import Literal, NamedTuple, Sequence
 
 import numpy as np
 
 from common import fail
-from common.files import atomic_write, write_jsonl
-from common.settings import parse, require, require_numbers
-from common.comparisons import OUTCOMES, Rankings, read_comparisons
+from common.comparisons import (CYCLE, DISAGREE, Comparisons, Rankings, count, print_leaderboard,
+                                read_comparisons, winners, write_leaderboard)
+from common.figures import figure
+from common.files import check_writable, write_jsonl
+from common.settings import parse, require, require_numbers, settings
+from common.statistics import Objective, newton
 
-Matrix = np.ndarray
 
-
-@dataclass
+@settings
 class Config:
-    data: str = ""  # CSV file of comparisons or rankings; none = a simulation
-    home: bool = False  # fit an advantage of the left side
-    ties: Literal["half", "davidson"] = "half"  # a tie is half a win for each, or an outcome with a parameter of its own
-    prior: float = 0.0  # standard deviation of a normal prior on the strengths; 0 = none
-    errors: Literal["fisher", "sandwich", "bootstrap"] = "fisher"  # intervals: from the model's curvature; valid also where the
-    # model is wrong (ties as half wins are less noisy than wins); or from comparisons drawn again
-    resamples: int = 1000  # of --errors bootstrap
-    reference: str = ""  # item whose strength is 0; none = the mean is
-    items: int = 8  # of the simulation
-    comparisons: int = 1000  # of the simulation
-    horizon: int = 30_000  # comparisons of each dueling bandit
-    seed: int = 0  # of what is drawn: the simulation, --errors bootstrap, the draws for the ranks
-    out: str = "runs/bt"  # folder of tables and figure
+    # ---- your comparisons
+    data: str = ""  # CSV file of comparisons or rankings; without one, items are simulated.
+    home: bool = False  # Fit an advantage of the left side.
+    ties: Literal["half", "davidson"] = "half"  # A tie is half a win for each side, or an outcome
+    # with a parameter of its own (Davidson's model).
+    prior: float = 0.0  # Standard deviation of a normal prior on the strengths; 0 = no prior.
+    reference: str = ""  # Item whose strength is 0; without one, the mean of all items is 0.
 
-    PRESETS: ClassVar[dict] = {}
+    # ---- error bars
+    errors: Literal["fisher", "sandwich", "bootstrap"] = "fisher"  # Standard errors: from the
+    # model's curvature (fisher), valid also if the model is wrong (sandwich), or from comparisons
+    # drawn again (bootstrap).
+    resamples: int = 1000  # Number of bootstrap samples.
+
+    # ---- the simulation
+    items: int = 8  # Number of simulated items.
+    comparisons: int = 1000  # Number of simulated comparisons.
+
+    # ---- the run
+    seed: int = 0  # Seed of the simulation, of the bootstrap and of the draws for the ranks.
+    out: str = "runs/bt"  # Folder for the tables and the figure.
 
     def __post_init__(self) -> None:
-        require_numbers(self, above_0="resamples comparisons", from_0="prior seed")
-        require(self.items > 1, f"--items {self.items}: must be > 1")
-        require(self.horizon >= 100, f"--horizon {self.horizon}: must be >= 100")
-        require(bool(self.data) or not (self.home or self.reference or self.prior), "--home, --reference, --prior: need --data")
-        require(bool(self.data) or self.ties == "half" and self.errors == "fisher", "--ties, --errors: need --data")
-        require(self.errors == "bootstrap" or self.resamples == Config.resamples, "--resamples: needs --errors bootstrap")
+        require_numbers(self, above_0="resamples items comparisons", from_0="prior seed")
+        require(2 <= self.items <= 1000, f"--items {self.items}: must be from 2 to 1000")
+        require(self.comparisons <= 10**7, f"--comparisons {self.comparisons}: must be <= 10^7")
+        require(self.resamples <= 10**5, f"--resamples {self.resamples}: must be <= 10^5")
+        require(not 0 < self.prior < 1e-6, f"--prior {self.prior}: must be 0 or at least 1e-6")
+        changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        for name in ("home", "ties", "prior", "reference", "errors"):
+            require(self.data != "" or name not in changed, f"--{name}: needs --data")
+        for name in ("items", "comparisons"):
+            require(self.data == "" or name not in changed, f"--{name}: not with --data")
+        require(self.errors == "bootstrap" or "resamples" not in changed,
+                "--resamples: needs --errors bootstrap")
 
 
-# ---- the model and its fit -------------------------------------------------------------------------------------------
+# ---- Bradley-Terry -------------------------------------------------------------------------------
+
+def sigmoid(d: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-d)), without overflow."""
+    return np.exp(-np.logaddexp(0, -d))
+
+
+def neg_log_likelihood(r: np.ndarray, wins: np.ndarray) -> float:
+    """The sum over all comparisons of -log sigmoid(r_winner - r_loser), in nats."""
+    return (wins * np.logaddexp(0, r[None, :] - r[:, None])).sum()
+
+
+def gradient(r: np.ndarray, wins: np.ndarray) -> np.ndarray:
+    """Its gradient, (K,): the surprise at an item's defeats less the surprise at its victories."""
+    surprise = wins * sigmoid(r[None, :] - r[:, None])  # wins_ij (1 - P(i beats j))
+    return surprise.sum(0) - surprise.sum(1)
+
+
+def hessian(r: np.ndarray, wins: np.ndarray) -> np.ndarray:
+    """Its Hessian, (K, K): the Laplacian of the graph whose edges weigh n_ij p_ij (1 - p_ij)."""
+    p = sigmoid(r[:, None] - r[None, :])
+    edges = (wins + wins.T) * p * (1 - p)
+    return np.diag(edges.sum(1)) - edges
+
+
+def fit_bradley_terry(wins: np.ndarray) -> np.ndarray:
+    """Maximum-likelihood strengths, (K,) with mean 0, by Newton's method with step halving."""
+    check_connected(wins > 0)  # is there a maximum at all?
+    r = np.zeros(len(wins))
+    for _ in range(200):
+        # the constant makes the Hessian invertible: the likelihood does not depend on the mean of r
+        step = np.linalg.solve(hessian(r, wins) + wins.mean(), gradient(r, wins))
+        while neg_log_likelihood(r - step, wins) > neg_log_likelihood(r, wins):
+            step /= 2
+        r = r - step
+        if np.abs(step).max() < 1e-9:
+            return r - r.mean()
+    raise NoMaximum("Newton's method has not converged")
+
+
+# ---- the general fit: ties, an advantage of the left side, a prior -------------------------------
 
 class NoMaximum(ValueError):
-    """The likelihood has no maximum: some strength would be infinite, or has no common scale with the others."""
+    """The likelihood has no maximum: a strength would be infinite, or has no common scale."""
 
-
-class Fit(NamedTuple):
-    strengths: Matrix  # (K,) r, mean 0
-    covariance: Matrix  # of (r, home, log nu), of those that were fitted; of r less its mean
-    loss: float  # negative log-likelihood of all comparisons, nats
-    home: float = 0.0  # added to the left side's r
-    log_nu: float = -math.inf  # of Davidson's model; -inf: no ties
-
-    def probabilities(self) -> Matrix:
-        """P(i beats j), (K, K), a tie counted as half a win; on neutral ground."""
-        left, tie, _ = outcomes(self.strengths[:, None] - self.strengths, math.exp(self.log_nu))
-        return left + tie / 2
-
-    def errors(self, reference: int | None = None) -> Matrix:
-        """Standard errors (K,) of the strengths, or of their differences from that of `reference`."""
-        c = self.covariance[:len(self.strengths), :len(self.strengths)]
-        variance = c.diagonal() if reference is None else c.diagonal() + c[reference, reference] - 2 * c[reference]
-        return np.sqrt(variance.clip(0))
-
-
-def count(winners: Sequence[int], losers: Sequence[int], K: int, weights: Sequence[float] | None = None) -> Matrix:
-    """The matrix of wins (K, K) of a list of comparisons. Everything below works on it, so a long list costs nothing."""
-    pairs = np.asarray(winners) * K + np.asarray(losers)
-    return np.bincount(pairs, weights, K * K).reshape(K, K).astype(float)
-
-
-def outcomes(d: Matrix, nu: float) -> tuple[Matrix, Matrix, Matrix]:
-    """P(left wins), P(tie), P(right wins) for d = r_left - r_right + home."""
-    lower = np.exp(-np.abs(d))  # all divided by exp(|d| / 2), so that nothing overflows
-    tie = nu * np.sqrt(lower) if nu else np.float64(0)
-    higher = 1 / (1 + lower + tie)
-    lower *= higher
-    return np.where(d > 0, higher, lower), tie * higher, np.where(d > 0, lower, higher)
-
-
-def fit(wins: Matrix, losses: Matrix | float = 0, ties: Matrix | float = 0, *, home: bool = False, davidson: bool = False,
-        prior: float = 0.0, sandwich: bool = False, names: Sequence[str] | None = None, start: Matrix | None = None) -> Fit:
-    """Maximum-likelihood strengths by Newton's method; the posterior mode with a prior.
-
-    Args:
-        wins, losses, ties: (K, K), the item on the left in the row. Without sides `wins` is enough: wins[i, j], i beat j.
-        davidson: fit nu, too; otherwise a tie is half a win for each.
-        sandwich: covariance H^-1 (sum of squared gradients) H^-1 in place of H^-1.
-        start: (r, home, log nu) to start from, of those that are fitted.
-    Raises:
-        NoMaximum, with the items that are to blame.
-    """
-    K, names = len(wins), names or [str(i) for i in range(len(wins))]
-    losses, ties = (np.broadcast_to(np.asarray(x, float), (K, K)) for x in (losses, ties))
-    n, net, n_ties = wins + losses + ties, (wins - losses) / 2, ties.sum()  # net: what it scored beyond half of n
-    if davidson and (n_ties == 0 or n_ties == n.sum()):
-        raise NoMaximum(f"Davidson's model needs ties and decisions; here {n_ties:g} of {n.sum():g} comparisons are ties")
-    if not prior:
-        check_connected(wins + losses.T + ties + ties.T > 0, names)
-    fitted = np.array([True] * K + [home, davidson])
-    precision = np.zeros(K + 2)
-    precision[:K] = 1 / prior**2 if prior else 0
-
-    def unpack(x: Matrix) -> Matrix:
-        full = np.zeros(K + 2)
-        full[-1] = -math.inf
-        full[fitted] = x
-        return full
-
-    def assemble(dd: Matrix, dt: Matrix, tt: Matrix) -> Matrix:
-        """Sum over cells of what is (dd, dt; dt, tt) in (d, log nu), in terms of (r, home, log nu): d = r_i - r_j + home."""
-        H = np.empty((K + 2, K + 2))
-        H[:K, :K] = -dd - dd.T
-        H[np.arange(K), np.arange(K)] = dd.sum(0) + dd.sum(1) - 2 * dd.diagonal()
-        H[:K, K] = H[K, :K] = dd.sum(1) - dd.sum(0)
-        H[:K, -1] = H[-1, :K] = dt.sum(1) - dt.sum(0)
-        H[K, K], H[K, -1], H[-1, K], H[-1, -1] = dd.sum(), dt.sum(), dt.sum(), tt.sum()
-        return H[np.ix_(fitted, fitted)]
-
-    def objective(x: Matrix) -> tuple[float, Matrix, Matrix]:
-        full = unpack(x)
-        d = full[:K, None] - full[:K] + full[K]
-        left, tie, right = outcomes(d, math.exp(full[-1]))
-        half = (left - right) / 2  # the expected score beyond 1/2
-        # sum of n log Z - net d - ties log nu, where log Z = |d| / 2 - log P of the likelier side
-        loss = (n * (np.abs(d) / 2 - np.log(np.maximum(left, right))) - net * d).sum() - (n_ties * full[-1] if davidson else 0)
-        loss += (precision[:K] * full[:K] ** 2).sum() / 2
-        G = n * half - net  # the derivative in d: expected less observed score
-        gradient = np.concatenate([G.sum(1) - G.sum(0) + precision[:K] * full[:K], [G.sum(), (n * tie).sum() - n_ties]])
-        H = assemble(n * ((left + right) / 4 - half**2), -n * half * tie, n * tie * (1 - tie))
-        return loss, gradient[fitted], H + np.diag(precision[fitted])
-
-    per_item = (n.sum(0) + n.sum(1)).max()
-    start = np.zeros(fitted.sum()) if start is None else start
-    if home and np.linalg.cond(without_gauge(objective(start)[2], K)) > 1e14:
-        raise NoMaximum("the comparisons cannot tell the strengths from the left side's advantage")
-    x, loss, H = newton(objective, start, K, 1e-10 * max(1, per_item))
-    full = unpack(x)
-    covariance = inverse(H, K)
-    if sandwich:
-        d = full[:K, None] - full[:K] + full[K]
-        left, tie, right = outcomes(d, math.exp(full[-1]))
-        half = (left - right) / 2
-        squares = [c * np.stack([(s - half) ** 2, (s - half) * (t - tie), (t - tie) ** 2])
-                   for c, s, t in ((wins, 0.5, 0), (ties, 0, 1), (losses, -0.5, 0))]
-        covariance = covariance @ assemble(*sum(squares)) @ covariance
-    loss -= (precision[:K] * full[:K] ** 2).sum() / 2
-    return Fit(full[:K] - full[:K].mean(), covariance, loss, full[K], full[-1])
-
-
-def newton(objective: Callable, x: Matrix, K: int, tolerance: float) -> tuple[Matrix, float, Matrix]:
-    """Minimise a convex function of which the first K arguments may be shifted together, until |gradient| <= tolerance.
-
-    Args:
-        objective: x -> value, gradient, Hessian.
-    Returns:
-        x, value and Hessian at the minimum.
-    """
-    value, gradient, H = objective(x)
-    for _ in range(200):
-        step = np.linalg.solve(without_gauge(H, K), gradient)
-        if np.abs(gradient).max() <= tolerance:
-            if np.abs(step).max() > 1e-2:  # flat, and yet a long way to go: there is no end to it
-                break
-            return x, value, H
-        size = 1.0  # halved until the value falls; near the minimum its last digits cannot tell
-        while not (new := objective(x - size * step))[0] <= value + 1e-12 * abs(value) and size > 1e-6:
-            size /= 2
-        x, (value, gradient, H) = x - size * step, new
-    raise NoMaximum("the fit did not converge: the likelihood has no maximum, or hardly one" + HINT)
-
-
-def without_gauge(H: Matrix, K: int) -> Matrix:
-    """A Hessian that does not see a shift of the first K arguments, made to see it, so that it can be inverted."""
-    shift = np.arange(len(H)) < K
-    return H + np.outer(shift, shift) * H.trace() / K**2
-
-
-def inverse(H: Matrix, K: int) -> Matrix:
-    """The inverse of such a Hessian for arguments with mean 0."""
-    C = np.linalg.inv(without_gauge(H, K))
-    C[:K] -= C[:K].mean(0)
-    C[:, :K] -= C[:, :K].mean(1, keepdims=True)
-    return C
-
-
-def mm(wins: Matrix, iterations: int = 10_000, tolerance: float = 1e-12) -> Matrix:
-    """The same strengths by the oldest algorithm, which fits in a line (Zermelo 1929; Hunter 2004, Eq. 3).
-
-    exp(r_i) <- wins of i / sum_j n_ij / (exp(r_i) + exp(r_j)): each step raises the likelihood, by less and less.
-    """
-    check_connected(wins > 0, [str(i) for i in range(len(wins))])
-    n, strength = wins + wins.T, np.ones(len(wins))
-    for _ in range(iterations):
-        old, strength = strength, wins.sum(1) / (n / (strength[:, None] + strength)).sum(1)
-        strength /= np.exp(np.log(strength).mean())
-        if np.abs(np.log(strength / old)).max() < tolerance:
-            break
-    return np.log(strength)
-
-
-# ---- does the answer exist? ------------------------------------------------------------------------------------------
 
 HINT = "; more comparisons, or --prior, would give them a finite strength"
 
 
-def reached(beats: Matrix, start: int) -> Matrix:
-    """(K,) bool: the items that `start` beats, those that these beat, and so on; itself, too."""
+class Fit(NamedTuple):
+    strengths: np.ndarray  # (K,) r, mean 0
+    covariance: np.ndarray  # of (r less its mean, home, log nu), without those that were not fitted
+    loss: float  # negative log-likelihood of all comparisons, nats
+    home: float = 0.0  # added to the strength of the left side
+    log_nu: float = -math.inf  # of Davidson's model; -inf: no ties
+
+    def probabilities(self) -> np.ndarray:
+        """P(i beats j), (K, K), where nobody is at home and a tie counts as half a win."""
+        d = self.strengths[:, None] - self.strengths[None, :]
+        left, tie, _ = outcome_probabilities(d, math.exp(self.log_nu))
+        return left + tie / 2
+
+    def standard_errors(self, reference: int | None = None) -> np.ndarray:
+        """Of the strengths, (K,), or of their differences from the strength of `reference`."""
+        K = len(self.strengths)
+        C = self.covariance[:K, :K]
+        variance = C.diagonal()
+        if reference is not None:
+            variance = variance + C[reference, reference] - 2 * C[reference]
+        return np.sqrt(variance.clip(0))
+
+
+def outcome_probabilities(d: np.ndarray,
+                          nu: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """P(left wins), P(tie), P(right wins) for d = r_left - r_right + home, each of d's shape."""
+    weaker = np.exp(-np.abs(d))  # everything is divided by exp(|d| / 2), so that nothing overflows
+    tie = nu * np.sqrt(weaker) if nu else np.zeros_like(d)
+    stronger = 1 / (1 + weaker + tie)
+    weaker *= stronger
+    return np.where(d > 0, stronger, weaker), tie * stronger, np.where(d > 0, weaker, stronger)
+
+
+def general_likelihood(x: np.ndarray, wins: np.ndarray, losses: np.ndarray,
+                       ties: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+    """Negative log-likelihood of x = (r, home, log nu), (K + 2,), its gradient and its Hessian.
+
+    With log nu = -inf, a tie counts as half a win for each side.
+    """
+    r, home, log_nu = x[:-2], x[-2], x[-1]
+    n = wins + losses + ties
+    net = (wins - losses) / 2  # what the left side scored beyond 1/2 a comparison
+    d = r[:, None] - r[None, :] + home
+    left, tie, right = outcome_probabilities(d, math.exp(log_nu))
+    log_Z = np.abs(d) / 2 - np.log(np.maximum(left, right))
+    loss = (n * log_Z - net * d).sum()
+    if math.isfinite(log_nu):
+        loss -= ties.sum() * log_nu
+
+    # derivatives in d and in log nu: again the surprise, and a variance
+    mean = (left - right) / 2  # expected net score; that of a victory is 1/2
+    by_d = losses * (left + tie / 2) - wins * (right + tie / 2) + ties * mean
+    n_tie = n * tie
+    slope = np.append(by_d.sum(1) - by_d.sum(0), [by_d.sum(), (n_tie - ties).sum()])
+    by_d_d = n * left * right + n_tie * (left + right) / 4
+    return loss, slope, chain_rule(by_d_d, -n_tie * mean, n_tie * (left + right))
+
+
+def chain_rule(dd: np.ndarray, dt: np.ndarray, tt: np.ndarray) -> np.ndarray:
+    """Second derivatives in each pair's d and t = log nu become those in (r, home, log nu).
+
+    Args:
+        dd, dt, tt: (K, K). As d = r_i - r_j + home, the dd of a pair goes to four places of r.
+    """
+    K = len(dd)
+    H = np.empty((K + 2, K + 2))
+    H[:K, :K] = np.diag(dd.sum(0) + dd.sum(1)) - dd - dd.T
+    H[:K, K] = H[K, :K] = dd.sum(1) - dd.sum(0)
+    H[:K, K + 1] = H[K + 1, :K] = dt.sum(1) - dt.sum(0)
+    H[K:, K:] = [[dd.sum(), dt.sum()], [dt.sum(), tt.sum()]]
+    return H
+
+
+def fit(wins: np.ndarray, losses: np.ndarray | float = 0, ties: np.ndarray | float = 0, *,
+        home: bool = False, davidson: bool = False, prior: float = 0.0, sandwich: bool = False,
+        names: Sequence[str] | None = None, start: Fit | None = None) -> Fit:
+    """Maximum-likelihood strengths; with a prior, the posterior mode.
+
+    Args:
+        wins, losses, ties: (K, K), with the item on the left in the row. Where sides do not matter
+            `wins` is enough: wins[i, j] is how often i beat j.
+        davidson: fit nu, too; otherwise a tie is half a win for each.
+        prior: standard deviation of a normal prior on the strengths; 0 = none.
+        sandwich: give the covariance that holds even if the model is wrong.
+        start: where Newton's method starts, if something near the answer is known.
+    Raises:
+        NoMaximum, with the items that are to blame.
+    """
+    K = len(wins)
+    losses = np.broadcast_to(np.asarray(losses, float), (K, K))
+    ties = np.broadcast_to(np.asarray(ties, float), (K, K))
+    n = wins + losses + ties
+    if davidson and (ties.sum() == 0 or ties.sum() == n.sum()):
+        raise NoMaximum("Davidson's model needs ties and decisions; here "
+                        f"{ties.sum():g} of {n.sum():g} comparisons are ties")
+    if not prior:
+        check_connected(wins + losses.T + ties + ties.T > 0, names)
+
+    x = np.zeros(K + 2)  # r, home, log nu
+    x[-1] = 0.0 if davidson else -math.inf
+    if start:
+        x[:] = *start.strengths, start.home, start.log_nu
+    fitted = np.array([True] * K + [home, davidson])
+    precision = 1 / prior**2 if prior else 0.0
+
+    def objective(free: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+        """Minus log of likelihood times prior, where the fitted entries of x are `free`."""
+        x[fitted] = free
+        r = x[:K]
+        loss, slope, curvature = general_likelihood(x, wins, losses, ties)
+        loss += precision * (r**2).sum() / 2
+        slope[:K] += precision * r
+        curvature[range(K), range(K)] += precision
+        curvature[:K, :K] += n.mean()  # makes it invertible, as in fit_bradley_terry
+        if not (home or davidson):
+            return loss, slope[:K], curvature[:K, :K]  # no copies
+        return loss, slope[fitted], curvature[np.ix_(fitted, fitted)]
+
+    if home and np.linalg.cond(objective(x[fitted])[2]) > 1e14:
+        raise NoMaximum("the comparisons cannot tell the strengths from the left side's advantage")
+    games = max(1, (n.sum(0) + n.sum(1)).max())  # of the item with the most comparisons
+    x[fitted], loss, covariance = minimise(objective, x[fitted], K, 1e-10 * games)
+    if sandwich:
+        middle = squared_scores(x, wins, losses, ties)[np.ix_(fitted, fitted)]
+        covariance = covariance @ middle @ covariance
+    r = x[:K]
+    return Fit(r - r.mean(), covariance, loss - precision * (r**2).sum() / 2, x[K], x[K + 1])
+
+
+def minimise(objective: Objective, x: np.ndarray, K: int,
+             tolerance: float) -> tuple[np.ndarray, float, np.ndarray]:
+    """The minimum x, its value, and the inverse Hessian there, for x[:K] less its mean."""
+    try:
+        with np.errstate(all="ignore"):
+            x = newton(objective, x, tolerance)  # until the gradient is small ...
+            for _ in range(30):  # ... and the steps are, too: counts may be of very different sizes
+                loss, slope, curvature = objective(x)
+                step = np.linalg.solve(curvature, slope)
+                if np.abs(step).max() < 1e-8:
+                    break
+                x = x - step
+            C = np.linalg.inv(curvature)
+    except (np.linalg.LinAlgError, ArithmeticError):
+        step = np.full_like(x, np.inf)
+    if not np.abs(step).max() < 1e-2:  # it goes on for ever: the minimum is at infinity
+        raise NoMaximum("the fit did not converge: the likelihood has no maximum, or hardly one"
+                        + HINT)
+    C[:K] -= C[:K].mean(0)
+    C[:, :K] -= C[:, :K].mean(1, keepdims=True)
+    return x, loss, C
+
+
+# ---- Plackett-Luce: rankings of any length -------------------------------------------------------
+
+def fit_plackett_luce(rankings: Sequence[Sequence[int]], K: int, *, prior: float = 0.0,
+                      names: Sequence[str] | None = None) -> Fit:
+    """Strengths of K items from rankings, each a list of items, best first.
+
+    A ranking is a sequence of choices, so its probability is a product over places: exp(r of the
+    item there) / sum of exp(r) over the items that are left (Luce 1959, Plackett 1975). Rankings of
+    two items are Bradley-Terry comparisons.
+    """
+    beats = np.zeros((K, K), bool)
+    chosen, available = [], []  # for each choice the item, and which items were left
+    for ranking in rankings:
+        left = np.isin(np.arange(K), ranking)
+        for item in ranking[:-1]:  # the last place is no choice
+            chosen.append(item)
+            available.append(left.copy())
+            left[item] = False
+            beats[item] |= left
+    if not prior:
+        check_connected(beats, names)
+    chosen = np.array(chosen, int)  # (N,)
+    available = np.array(available, bool).reshape(-1, K)  # (N, K)
+    times_chosen = np.bincount(chosen, minlength=K)
+    precision = 1 / prior**2 if prior else 0.0
+
+    def objective(r: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+        logits = np.where(available, r, -np.inf)
+        log_Z = np.logaddexp.reduce(logits, axis=1)  # (N,)
+        p = np.exp(logits - log_Z[:, None])  # (N, K): P(the choice is this item)
+        loss = (log_Z - r[chosen]).sum() + precision * (r**2).sum() / 2
+        slope = p.sum(0) - times_chosen + precision * r
+        curvature = np.diag(p.sum(0) + precision) - p.T @ p
+        return loss, slope, curvature + len(chosen) / K**2  # invertible, as in fit_bradley_terry
+
+    r, loss, covariance = minimise(objective, np.zeros(K), K, 1e-10 * max(1, len(chosen)))
+    return Fit(r - r.mean(), covariance, loss - precision * (r**2).sum() / 2)
+
+
+# ---- identifiability -----------------------------------------------------------------------------
+
+def reachable(beats: np.ndarray, start: int) -> np.ndarray:
+    """(K,) bool: `start`, the items that it beat, those that these beat, and so on."""
     seen = np.zeros(len(beats), bool)
     new = np.arange(len(beats)) == start
     while new.any():
@@ -250,417 +342,276 @@ def reached(beats: Matrix, start: int) -> Matrix:
     return seen
 
 
-def check_connected(beats: Matrix, names: Sequence[str]) -> None:
-    """Raise NoMaximum unless from each item a path of "beats" leads to every other (Ford 1957)."""
-    if reached(beats, 0).all() and reached(beats.T, 0).all():
+def unbeaten_group(beats: np.ndarray) -> np.ndarray:
+    """(K,) bool: a group of items of which none ever lost to an item outside of the group."""
+    item = 0
+    while True:
+        above = reachable(beats.T, item)  # those that beat it, directly or through others
+        strictly_above = above & ~reachable(beats, item)
+        if not strictly_above.any():
+            return above
+        item = np.flatnonzero(strictly_above)[0]
+
+
+def check_connected(beats: np.ndarray, names: Sequence[str] | None = None) -> None:
+    """Raise NoMaximum unless a path of "beats" leads from each item to every other (Ford 1957)."""
+    if reachable(beats, 0).all() and reachable(beats.T, 0).all():
         return
-
-    def listed(group: Matrix) -> str:
-        some = [names[i] for i in np.flatnonzero(group)]
-        return ", ".join(some[:10]) + (f" and {len(some) - 10} more" if len(some) > 10 else "")
-
-    group = reached(beats | beats.T, 0)
+    group = reachable(beats | beats.T, 0)  # who met the first item, or those who met it, and so on
     if not group.all():
-        smaller = min(group, ~group, key=np.count_nonzero)
-        raise NoMaximum(f"these items were never compared with the others: {listed(smaller)}" + HINT)
-    everyone = np.stack([reached(beats, i) for i in range(len(beats))])  # [i, j]: i beats j, directly or not
-    together = everyone & everyone.T
-    top = next(group for i, group in enumerate(together) if not (everyone[:, i] & ~group).any())
-    bottom = next(group for i, group in enumerate(together) if not (everyone[i] & ~group).any())
-    smaller, verb = min(((top, "never lost to"), (bottom, "never won against")), key=lambda found: found[0].sum())
-    raise NoMaximum(f"these items {verb} any of the others: {listed(smaller)}" + HINT)
+        group = min(group, ~group, key=np.count_nonzero)
+        verb = "were never compared with the others"
+    else:
+        top, bottom = unbeaten_group(beats), unbeaten_group(beats.T)
+        group = min(top, bottom, key=np.count_nonzero)
+        verb = ("never lost to" if group is top else "never won against") + " any of the others"
+    blamed = [names[i] if names else str(i) for i in np.flatnonzero(group)]
+    more = f" and {len(blamed) - 10} more" if len(blamed) > 10 else ""
+    raise NoMaximum(f"these items {verb}: {', '.join(blamed[:10])}{more}{HINT}")
 
 
-# ---- how sure? -------------------------------------------------------------------------------------------------------
+# ---- uncertainty ---------------------------------------------------------------------------------
 
-def bootstrap(wins: Matrix, losses: Matrix | float = 0, ties: Matrix | float = 0, *, resamples: int, seed: int = 0,
-              **options) -> Matrix:
-    """Strengths (resamples', K) of as many comparisons drawn again from these, on counts; `options` as for fit.
+def squared_scores(x: np.ndarray, wins: np.ndarray, losses: np.ndarray,
+                   ties: np.ndarray) -> np.ndarray:
+    """Sum over comparisons of g g^T, (K + 2, K + 2), with g the gradient of log P(outcome).
 
-    A sample without a maximum is left out: there are then fewer rows than `resamples`.
+    It is the middle of the sandwich H^-1 (sum of g g^T) H^-1. Where the model is right its
+    expectation is the Hessian H, and what is left is H^-1 (Huber 1967, White 1982).
     """
-    K, rng, rows = len(wins), np.random.default_rng(seed), []
+    d = x[:-2, None] - x[None, :-2] + x[-2]
+    left, tie, right = outcome_probabilities(d, math.exp(x[-1]))
+    dd, dt, tt = np.zeros((3, *d.shape))
+    for counts, score, tied in ((wins, 0.5, 0), (ties, 0, 1), (losses, -0.5, 0)):
+        by_d = score - (left - right) / 2
+        by_log_nu = tied - tie
+        dd += counts * by_d**2
+        dt += counts * by_d * by_log_nu
+        tt += counts * by_log_nu**2
+    return chain_rule(dd, dt, tt)
+
+
+def bootstrap(wins: np.ndarray, losses: np.ndarray | float = 0, ties: np.ndarray | float = 0, *,
+              resamples: int, seed: int = 0, **options) -> np.ndarray:
+    """Strengths, (resamples, K), of as many comparisons drawn again from these.
+
+    A sample without a maximum is left out: there are then fewer rows. `options` are those of fit.
+    """
+    K = len(wins)
+    rng = np.random.default_rng(seed)
     counts = np.stack([np.broadcast_to(np.asarray(x, float), (K, K)) for x in (wins, losses, ties)])
+    cells = np.flatnonzero(counts)
+    probability = counts.flat[cells] / counts.sum()
     whole = fit(*counts, **options)
-    start = np.concatenate([whole.strengths, [whole.home] * bool(options.get("home")),
-                            [whole.log_nu] * bool(options.get("davidson"))])
-    cells, probability = np.flatnonzero(counts), counts[counts > 0] / counts.sum()
+    strengths = []
     for _ in range(resamples):
-        again = np.zeros(counts.size)
-        again[cells] = rng.multinomial(round(counts.sum()), probability)
+        again = np.zeros_like(counts)
+        again.flat[cells] = rng.multinomial(round(counts.sum()), probability)
         try:
-            rows.append(fit(*again.reshape(counts.shape), **options, start=start).strengths)
+            strengths.append(fit(*again, **options, start=whole).strengths)
         except NoMaximum:
             continue
-    return np.array(rows).reshape(-1, K)
+    return np.array(strengths).reshape(-1, K)
 
 
-def rank_intervals(draws: Matrix) -> tuple[Matrix, Matrix]:
-    """The lowest and the highest rank (1 = best), (K,) each, that hold 95% of the draws (n, K) of the strengths."""
+def rank_intervals(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Best and worst rank, (K,) each, 1 = the first, that hold 95% of the draws (n, K) of r."""
     ranks = (-draws).argsort(1).argsort(1) + 1
-    return tuple(np.quantile(ranks, q, axis=0, method=how) for q, how in ((0.025, "higher"), (0.975, "lower")))
+    best = np.quantile(ranks, 0.025, axis=0, method="higher")
+    worst = np.quantile(ranks, 0.975, axis=0, method="lower")
+    return best.astype(int), worst.astype(int)
 
 
-# ---- rankings of any length ------------------------------------------------------------------------------------------
-
-def fit_rankings(rankings: Sequence[Sequence[int]], K: int, weights: Sequence[float] | None = None, *, prior: float = 0.0,
-                 names: Sequence[str] | None = None) -> Fit:
-    """Plackett-Luce strengths of rankings, best first: P(ranking) = prod_k exp(r_k) / sum of exp(r) over those still left."""
-    beats = np.zeros((K, K), bool)
-    chosen, left, weight = [], [], []
-    for row, w in zip(rankings, np.ones(len(rankings)) if weights is None else weights):
-        for place in range(len(row) - 1):
-            beats[row[place], row[place + 1:]] = True
-            chosen.append(row[place])
-            left.append(np.isin(np.arange(K), row[place:]))
-            weight.append(w)
-    if not prior:
-        check_connected(beats, names or [str(i) for i in range(K)])
-    chosen, left, weight = np.array(chosen, int), np.array(left).reshape(-1, K), np.array(weight)
-    placed = np.bincount(chosen, weight, K)
-    precision = 1 / prior**2 if prior else 0.0
-
-    def objective(r: Matrix) -> tuple[float, Matrix, Matrix]:
-        logits = np.where(left, r, -np.inf)
-        highest = logits.max(1, keepdims=True)
-        p = np.exp(logits - highest)
-        total = p.sum(1, keepdims=True)
-        p /= total
-        loss = (weight * ((np.log(total) + highest)[:, 0] - r[chosen])).sum() + precision * (r**2).sum() / 2
-        expected = weight @ p
-        return loss, expected - placed + precision * r, np.diag(expected + precision) - p.T @ (weight[:, None] * p)
-
-    r, loss, H = newton(objective, np.zeros(K), K, 1e-10 * max(1, weight.sum()))
-    return Fit(r - r.mean(), inverse(H, K), loss - precision * (r**2).sum() / 2)
+def draws_of(fitted: Fit, rng: np.random.Generator) -> np.ndarray:
+    """Draws (10,000, K) from the normal distribution that fit and covariance describe."""
+    C = fitted.covariance[:len(fitted.strengths), :len(fitted.strengths)]
+    return rng.multivariate_normal(fitted.strengths, C, 10_000, "ignore", method="eigh")
 
 
-# ---- winners of any preference matrix P, (K, K): P[i, j] is how likely i is to be preferred to j ----------------------------
-
-def condorcet(P: Matrix) -> int | None:
-    """The item that is preferred to every other one; there may be none."""
-    better = (P > 0.5) | np.eye(len(P), dtype=bool)
-    return next(iter(np.flatnonzero(better.all(1)).tolist()), None)
-
-
-def copeland(P: Matrix) -> list[int]:
-    """The items with the most victories less defeats."""
-    score = np.sign(P - 0.5)
-    np.fill_diagonal(score, 0)
-    score = score.sum(1)
-    return np.flatnonzero(score == score.max()).tolist()
-
-
-def borda(P: Matrix) -> list[int]:
-    """The items with the highest expected score against another item drawn at random: the mean of P."""
-    score = np.where(np.eye(len(P), dtype=bool), 0, P).sum(1)
-    return np.flatnonzero(np.isclose(score, score.max(), rtol=0, atol=1e-12)).tolist()
-
-
-# ---- dueling bandits: choosing what to compare (Yue et al. 2012) -------------------------------------------------------------
-#
-# In each of T steps two arms are compared; the answer is drawn from P. Arm 0 is the best. The (strong) regret of a comparison
-# is (P[0, left] + P[0, right]) / 2 - 1/2: none only if the best arm meets itself. Each returns its sum so far, (runs, T).
-
-def regret_of(P: Matrix, left: Matrix, right: Matrix) -> Matrix:
-    return (P[0, left] + P[0, right]) / 2 - 0.5
-
-
-def uniform_explorer(P: Matrix, T: int, runs: int, rng: np.random.Generator) -> Matrix:
-    """Two arms at random, always: linear regret."""
-    return regret_of(P, *rng.integers(0, len(P), (2, runs, T))).cumsum(1)
-
-
-def interleaved_filter(P: Matrix, T: int, runs: int, rng: np.random.Generator) -> Matrix:
-    """Interleaved Filter (Yue et al. 2012, algorithm 2): a candidate meets all others in turn, until each is surely worse.
-
-    An arm that surely beats the candidate takes its place, and those that the old one seemed to beat go with it. In the end
-    the candidate meets itself. Sure means outside of sqrt(4 log(1/delta) / n), delta = 1 / (T K^2).
-    """
-    K, regret = len(P), np.zeros((runs, T))
-    for run in regret:
-        t, (candidate, *rest) = 0, rng.permutation(K).tolist()
-        while rest and t < T:
-            others, scores, n = np.array(rest), np.zeros(len(rest)), 0
-            while len(others) and t < T:
-                run[t:t + len(others)] = regret_of(P, candidate, others)[:T - t]
-                t, n = t + len(others), n + 1
-                scores += rng.random(len(others)) < P[candidate, others]
-                radius = math.sqrt(4 * math.log(T * K**2) / n)
-                worse, better = scores / n - radius > 0.5, scores / n + radius < 0.5
-                if better.any():
-                    successor = others[better][0]
-                    rest = others[(scores / n <= 0.5) & (others != successor)].tolist()
-                    candidate = int(successor)
-                    break
-                others, scores = others[~worse], scores[~worse]
-            else:
-                rest = []
-        run[t:] = regret_of(P, candidate, candidate)
-    return regret.cumsum(1)
-
-
-def rucb(P: Matrix, T: int, runs: int, rng: np.random.Generator, alpha: float = 0.51) -> Matrix:
-    """Relative upper confidence bound (Zoghi et al. 2014, algorithm 1): an arm that may yet be the best meets its strongest
-    possible rival. All runs side by side."""
-    K, row, arms = len(P), np.arange(runs), np.arange(len(P))
-    wins, regret = np.zeros((runs, K, K)), np.zeros((runs, T))
-    favourite = np.full(runs, -1)  # the arm that alone could be the best, while it still could; -1: none
-    for t in range(T):
-        n = wins + wins.transpose(0, 2, 1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            upper = np.where(n > 0, wins / n + np.sqrt(alpha * math.log(t + 1) / n), 2)
-        upper[:, arms, arms] = 0.5
-        could = (upper >= 0.5).all(2)
-        alone = could.sum(1) == 1
-        favourite = np.where(alone, could.argmax(1), np.where(could[row, favourite] & (favourite >= 0), favourite, -1))
-        keep = (favourite >= 0) & (alone | (rng.random(runs) < 0.5))
-        other = could & (arms != favourite[:, None])
-        first = np.where(keep, favourite, (rng.random((runs, K)) + other).argmax(1))  # of none that could: any
-        rival = upper[row, :, first] + 1e-9 * rng.random((runs, K))
-        rival[row, first] -= 1e-8  # of rivals that are alike, not itself
-        second = rival.argmax(1)
-        won = rng.random(runs) < P[first, second]
-        wins[row, np.where(won, first, second), np.where(won, second, first)] += 1
-        regret[:, t] = regret_of(P, first, second)
-    return regret.cumsum(1)
-
-
-def regret_bound(P: Matrix) -> float:
-    """What no algorithm can stay under for long: regret / log T (Komiyama et al. 2015, theorem 1, arm 0 the best).
-
-    To know that an arm is not the best it must lose often enough to some arm that beats it; the cheapest such arm counts.
-    """
-    bound = 0.0
-    for i in range(1, len(P)):
-        rivals = [j for j in range(len(P)) if P[i, j] < 0.5]
-        bound += min(regret_of(P, i, j) / (P[i, j] * math.log(2 * P[i, j]) + P[j, i] * math.log(2 * P[j, i])) for j in rivals)
-    return bound
-
-
-# ---- your comparisons ------------------------------------------------------------------------------------------------
+# ---- a leaderboard of your comparisons -----------------------------------------------------------
 
 def leaderboard(config: Config) -> None:
-    """Fit the comparisons of --data; print and write strengths, intervals, probabilities and winners."""
+    """Fit the comparisons of --data; write and print strengths, intervals and probabilities."""
+    # ---- 1) read and fit
     data = read_comparisons(config.data)
     names, K = data.names, len(data.names)
     if config.reference and config.reference not in names:
         fail(f"--reference {config.reference}: {config.data} has no such item")
     reference = names.index(config.reference) if config.reference else None
-    options = dict(prior=config.prior, names=names)
     if isinstance(data, Rankings):
         if config.home or config.ties != "half" or config.errors != "fisher":
             fail("--home, --ties, --errors: are for comparisons, not for rankings")
-        fitted, observed = fit_rankings(data.rankings, K, **options), None
-        n = np.bincount(np.concatenate(data.rankings), minlength=K)
-        print(f"{len(data.rankings)} rankings of {K} items")
+        fitted = fit_plackett_luce(data.rankings, K, prior=config.prior, names=names)
+        n = np.bincount(np.concatenate(data.rankings), minlength=K)  # rankings that an item is in
+        title, counted = f"{len(data.rankings)} rankings of {K} items", "rankings"
     else:
-        options |= dict(home=config.home, davidson=config.ties == "davidson")
-        left, right, outcome, weight = (np.array(column) for column in data[1:])
-        counts = [count(left[outcome == o], right[outcome == o], K, weight[outcome == o]) for o in OUTCOMES]
-        wins, losses, ties = counts
-        fitted = fit(*counts, **options, sandwich=config.errors == "sandwich")
-        scored = wins + losses.T + (ties + ties.T) / 2
-        met = scored + scored.T
-        n, observed = met.sum(1), np.where(met > 0, scored / np.where(met > 0, met, 1), 0.5)
-        print(f"{n.sum() / 2:g} comparisons of {K} items")
+        options = dict(home=config.home, davidson=config.ties == "davidson", prior=config.prior)
+        fitted = fit(*data.counts(), **options, names=names, sandwich=config.errors == "sandwich")
+        wins = data.wins()
+        n = (wins + wins.T).sum(1)  # comparisons that an item is in
+        title, counted = f"{n.sum() / 2:.15g} comparisons of {K} items", "comparisons"
 
-    # ---- strengths, their intervals, and what those say of the ranks
-    r, errors = fitted.strengths, fitted.errors(reference)
+    # ---- 2) intervals of the strengths, and of the ranks
     if config.errors == "bootstrap":
-        draws = bootstrap(*counts, resamples=config.resamples, seed=config.seed, **options)
-        without = f"{config.resamples - len(draws)} of {config.resamples} resamples have no maximum"
+        if any(weight % 1 for weight in data.weight):
+            fail("--errors bootstrap: needs weights that are whole numbers, to draw so many again")
+        draws = bootstrap(*data.counts(), resamples=config.resamples, seed=config.seed, **options)
+        missing = f"{config.resamples - len(draws)} of {config.resamples} resamples have no maximum"
         if len(draws) < 0.9 * config.resamples:
-            fail(f"--errors bootstrap: {without}; use --prior")
+            fail(f"--errors bootstrap: {missing}; use --prior")
         if len(draws) < config.resamples:
-            print(f"{without} and are left out")
-        shown = draws - (0 if reference is None else draws[:, [reference]])
-        errors = shown.std(0)
-        low, high = np.quantile(shown, [0.025, 0.975], axis=0)
+            title += f"\n{missing} and are left out"
     else:
-        shift = 0 if reference is None else r[reference]
-        low, high = r - shift - 1.96 * errors, r - shift + 1.96 * errors
-        draws = np.random.default_rng(config.seed).multivariate_normal(r, fitted.covariance[:K, :K], 10_000, method="eigh")
+        draws = draws_of(fitted, np.random.default_rng(config.seed))
+    errors, low, high = intervals(config.errors, fitted, draws, reference)
     best, worst = rank_intervals(draws)
-    order = (-r).argsort(kind="stable")
-    strengths = r - (0 if reference is None else r[reference])
+
+    # ---- 3) write the files, and print only then: a terminal may be a pipe that is closed early
+    order = (-fitted.strengths).argsort(kind="stable")  # best first
+    zero = 0 if reference is None else fitted.strengths[reference]
+    rows = [{"rank": rank, "item": names[i], "strength": fitted.strengths[i] - zero,
+             "error": errors[i], "low": low[i], "high": high[i], "best_rank": best[i],
+             "worst_rank": worst[i], "comparisons": n[i]} for rank, i in enumerate(order, 1)]
     P = fitted.probabilities()
+    write_leaderboard(Path(config.out), rows, P[np.ix_(order, order)])
+    print(title)
+    print_leaderboard(rows, P[np.ix_(order, order)], counted)
+    print_parameters(config, fitted)
+    print(f"\nwinners of the model: {winners(P, names)}")
+    if isinstance(data, Comparisons):
+        met = wins + wins.T
+        observed = np.where(met > 0, wins / np.where(met > 0, met, 1), 0.5)
+        print(f"winners as observed, pairs that never met even: {winners(observed, names)}")
+    print(f"\ntable, probabilities and figure  ->  {config.out}", flush=True)
 
-    width = max(4, *map(len, names))
-    print(f"\nrank  {'item':{width}}  strength    s.e.        95%        ranks  "
-          + ("ranked" if observed is None else "comparisons"))
-    for place, i in enumerate(order, 1):
-        print(f"{place:4}  {names[i]:{width}}  {strengths[i]:8.4f}  {errors[i]:6.4f}  {low[i]:6.2f} to {high[i]:5.2f}  "
-              f"{f'{best[i]:.0f} to {worst[i]:.0f}':>8}  {n[i]:g}")
+
+def intervals(kind: str, fitted: Fit, draws: np.ndarray,
+              reference: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Standard errors and both ends of the intervals, (K,) each, with `reference` at 0."""
+    if kind == "bootstrap":
+        shown = draws if reference is None else draws - draws[:, [reference]]
+        low, high = np.quantile(shown, [0.025, 0.975], axis=0)
+        return shown.std(0), low, high
+    zero = 0 if reference is None else fitted.strengths[reference]
+    errors = fitted.standard_errors(reference)
+    return errors, fitted.strengths - zero - 1.96 * errors, fitted.strengths - zero + 1.96 * errors
+
+
+def print_parameters(config: Config, fitted: Fit) -> None:
+    """What was fitted beside the strengths, and the loss."""
+    errors = np.sqrt(fitted.covariance.diagonal())
     if config.home:
-        print(f"\nthe left side's advantage: {fitted.home:.4f}, s.e. {math.sqrt(fitted.covariance[K, K]):.4f}")
+        error = errors[len(fitted.strengths)]
+        print(f"\nthe left side's advantage: {fitted.home:.4f}, s.e. {error:.4f}")
     if config.ties == "davidson":
-        print(f"\nties: log nu = {fitted.log_nu:.4f}, s.e. {math.sqrt(fitted.covariance[-1, -1]):.4f}; between equals "
-              f"{math.exp(fitted.log_nu) / (2 + math.exp(fitted.log_nu)):.1%} are ties")
+        nu = math.exp(fitted.log_nu)
+        print(f"\nties: log nu = {fitted.log_nu:.4f}, s.e. {errors[-1]:.4f}; "
+              f"between equals {nu / (2 + nu):.1%} are ties")
     print(f"\nnegative log-likelihood {fitted.loss:.3f}")
-    if K <= 12:
-        print("\nP(row beats column):\n" + " " * width + "".join(f"{names[j][:7]:>8}" for j in order))
-        for i in order:
-            print(f"{names[i]:{width}}" + "".join("       -" if i == j else f"{P[i, j]:8.3f}" for j in order))
-    for kind, matrix in (("of the model", P), ("as observed, pairs that never met even", observed)):
-        if matrix is not None:
-            print(f"\nwinners {kind}: {winners(matrix, names)}")
-
-    folder = Path(config.out)
-    table = [["rank", "item", "strength", "error", "low", "high", "best_rank", "worst_rank", "comparisons"]]
-    table += [[k, names[i], *(f"{x[i]:.6f}" for x in (strengths, errors, low, high)), int(best[i]), int(worst[i]), f"{n[i]:g}"]
-              for k, i in enumerate(order, 1)]
-    write_csv(folder / "leaderboard.csv", table)
-    write_csv(folder / "probabilities.csv", [["", *(names[j] for j in order)],
-                                             *([names[i], *(f"{P[i, j]:.6f}" for j in order)] for i in order)])
-    draw_strengths(folder / "figure.png", [names[i] for i in order], strengths[order], low[order], high[order])
-    print(f"\ntable, probabilities and figure  ->  {folder}")
 
 
-def mean_se(x: Matrix) -> tuple[Matrix, Matrix]:
-    """Mean over the runs (rows) and its standard error."""
-    return x.mean(0), x.std(0, ddof=1) / math.sqrt(len(x))
+# ---- a simulation --------------------------------------------------------------------------------
 
-
-def winners(P: Matrix, names: Sequence[str]) -> str:
-    best = condorcet(P)
-    return (f"Condorcet {'none' if best is None else names[best]}; Copeland {', '.join(names[i] for i in copeland(P))}; "
-            f"Borda {', '.join(names[i] for i in borda(P))}")
-
-
-def write_csv(path: Path, rows: list[list]) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    atomic_write(path, text.getvalue().encode())
-
-
-def draw_strengths(path: Path, names: list[str], strengths: Matrix, low: Matrix, high: Matrix) -> None:
-    """Strengths with their intervals, the best on top."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axis = plt.subplots(figsize=(7, 1.2 + 0.22 * len(names)), layout="constrained")
-    place = -np.arange(len(names))
-    axis.errorbar(strengths, place, xerr=[strengths - low, high - strengths], fmt="o", capsize=3)
-    axis.set_yticks(place, names)
-    axis.set(xlabel="strength, with 95% intervals")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-# ---- a simulation ----------------------------------------------------------------------------------------------------
-
-def simulate(r: Matrix, n: int, rng: np.random.Generator) -> Matrix:
+def simulate(r: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
     """Wins (K, K) of n comparisons of pairs drawn at random."""
-    left = rng.integers(0, len(r), n)
-    right = (left + rng.integers(1, len(r), n)) % len(r)
-    won = rng.random(n) < outcomes(r[left] - r[right], 0)[0]
-    return count(np.where(won, left, right), np.where(won, right, left), len(r))
+    K = len(r)
+    left = rng.integers(0, K, n)
+    right = (left + rng.integers(1, K, n)) % K  # any other item
+    left_wins = rng.random(n) < sigmoid(r[left] - r[right])
+    return count(np.where(left_wins, left, right), np.where(left_wins, right, left), K)
 
 
-CYCLE = np.array([[0.5, 0.8, 0.2], [0.2, 0.5, 0.8], [0.8, 0.2, 0.5]])  # rock, scissors, paper
-# A beats all three narrowly; B loses to A and beats the others by far
-DISAGREE = np.array([[0.5, 0.51, 0.51, 0.51], [0.49, 0.5, 0.95, 0.95], [0.49, 0.05, 0.5, 0.5], [0.49, 0.05, 0.5, 0.5]])
+def rms_error(r: np.ndarray, n: int, rng: np.random.Generator) -> float:
+    """Error of a strength after n comparisons: root mean square over items and 50 simulations.
+
+    Simulations without a maximum are left out; nan if these are most of them.
+    """
+    squares = []
+    for _ in range(50):
+        try:
+            squares.append(((fit(simulate(r, n, rng)).strengths - r) ** 2).mean())
+        except NoMaximum:
+            continue
+    return math.sqrt(np.mean(squares)) if len(squares) > 25 else math.nan
 
 
 def demonstrate(config: Config) -> None:
-    """True and fitted strengths, the error against the number of comparisons, what no strengths can say, and the bandits."""
-    rng, rows = np.random.default_rng(config.seed), []
+    """Fit simulated comparisons; show errors, shift and scale, and what strengths cannot say."""
+    # ---- 1) fit simulated comparisons
     K = config.items
+    rng = np.random.default_rng(config.seed)
     r = np.sort(rng.normal(size=K))[::-1]
     r -= r.mean()
     wins = simulate(r, config.comparisons, rng)
     try:
         fitted = fit(wins)
-    except NoMaximum as error:
-        fail(f"--comparisons {config.comparisons}: too few for {K} items: {error}")
-    errors = fitted.errors()
-    best, worst = rank_intervals(rng.multivariate_normal(fitted.strengths, fitted.covariance, 10_000, method="eigh"))
-    print(f"{config.comparisons} comparisons of {K} items\n\nitem     true   fitted  95% interval     ranks")
-    for i in range(K):
-        print(f"{i:4} {r[i]:8.3f} {fitted.strengths[i]:8.3f}  {fitted.strengths[i] - 1.96 * errors[i]:6.3f} to "
-              f"{fitted.strengths[i] + 1.96 * errors[i]:6.3f}  {best[i]:.0f} to {worst[i]:.0f}")
-        rows.append({"item": i, "true": r[i], "fitted": fitted.strengths[i], "error": errors[i]})
-    print(f"\nwinners: {winners(fitted.probabilities(), [str(i) for i in range(K)])}")
+    except NoMaximum:
+        fail(f"--comparisons {config.comparisons}: too few for {K} items; some never won or lost")
+    errors = fitted.standard_errors()
+    best, worst = rank_intervals(draws_of(fitted, rng))
 
-    def loss(r: Matrix) -> float:
-        return -(wins * np.log(outcomes(r[:, None] - r, 0)[0])).sum()
-    print(f"negative log-likelihood {loss(fitted.strengths):.3f}; all strengths + 10: {loss(fitted.strengths + 10):.3f}; "
-          f"all strengths * 2: {loss(fitted.strengths * 2):.3f}\n")
-
-    print("comparisons  error of a strength (root mean square over 50 simulations)  times sqrt(comparisons)")
+    # ---- 2) the error falls as 1 / sqrt(number of comparisons)
     sizes = [int(300 * 10 ** (k / 2)) for k in range(6)]
-    rms = []
-    for n in sizes:
-        squares = []
-        while len(squares) < 50:
-            try:
-                squares.append(((fit(simulate(r, n, rng)).strengths - r) ** 2).mean())
-            except NoMaximum:  # of few comparisons; they say less than those that are counted
-                continue
-        rms.append(math.sqrt(np.mean(squares)))
-        rows.append({"comparisons": n, "rms_error": rms[-1]})
-        print(f"{n:11}  {rms[-1]:.4f} {rms[-1] * math.sqrt(n):60.2f}")
+    rms = [rms_error(r, n, rng) for n in sizes]
 
-    flat = fit(CYCLE).strengths
-    print(f"\nrock beats scissors beats paper beats rock, {CYCLE[0, 1]:.0%} each: "
-          f"{winners(CYCLE, ['rock', 'scissors', 'paper'])}\n  Bradley-Terry: strengths "
-          f"{', '.join(f'{x:.3f}' for x in flat + 0.0)}: 50% for every pair. No scalar reward can say it.\n"
-          f"A beats all narrowly, B beats all but A by far: {winners(DISAGREE, 'ABCD')}\n"
-          f"  Bradley-Terry puts {'ABCD'[fit(DISAGREE).strengths.argmax()]} first, as Borda does: "
+    # ---- 3) write, then print
+    rows = [{"item": i, "true": r[i], "fitted": fitted.strengths[i], "error": errors[i]}
+            for i in range(K)]
+    rows += [{"comparisons": n, "rms_error": error} for n, error in zip(sizes, rms)
+             if math.isfinite(error)]
+    write_jsonl(Path(config.out) / "results.jsonl", rows)
+    draw_simulation(Path(config.out) / "figure.png", r, fitted, np.array(sizes), np.array(rms))
+
+    print(f"{config.comparisons} comparisons of {K} items\n")
+    print("item     true   fitted  95% interval     ranks")
+    for i in range(K):
+        low, high = fitted.strengths[i] - 1.96 * errors[i], fitted.strengths[i] + 1.96 * errors[i]
+        print(f"{i:4} {r[i]:8.3f} {fitted.strengths[i]:8.3f}  {low:6.3f} to {high:6.3f}  "
+              f"{best[i]} to {worst[i]}")
+    print(f"\nwinners: {winners(fitted.probabilities(), [str(i) for i in range(K)])}")
+    print(f"negative log-likelihood {neg_log_likelihood(fitted.strengths, wins):.3f}; "
+          f"all strengths + 10: {neg_log_likelihood(fitted.strengths + 10, wins):.3f}; "
+          f"all strengths * 2: {neg_log_likelihood(fitted.strengths * 2, wins):.3f}")
+
+    print("\ncomparisons  error of a strength (root mean square over 50 simulations)  "
+          "times sqrt(comparisons)")
+    for n, error in zip(sizes, rms):
+        print(f"{n:11}  {error:<60.4f}  {error * math.sqrt(n):.2f}")
+
+    print("\nrock beats scissors beats paper beats rock, 80% each: "
+          + winners(CYCLE, ["rock", "scissors", "paper"]))
+    print("  Bradley-Terry: strengths "
+          + ", ".join(f"{x:.3f}" for x in fit_bradley_terry(CYCLE) + 0.0)
+          + ": 50% for every pair. No scalar reward can express a cycle.")
+    print(f"A beats all narrowly, B beats all but A by far: {winners(DISAGREE, 'ABCD')}")
+    first = "ABCD"[fit_bradley_terry(DISAGREE).argmax()]
+    print(f"  Bradley-Terry puts {first} first, as Borda does: "
           "each item has as many wins as its strength predicts")
-
-    print(f"\ndueling bandits, {K} arms, {config.horizon} comparisons, mean regret of 20 runs:")
-    P = fit(np.where(np.eye(K), 0, outcomes(r[:, None] - r, 0)[0])).probabilities()
-    curves = {}
-    for name, algorithm in (("uniform", uniform_explorer), ("interleaved filter", interleaved_filter), ("RUCB", rucb)):
-        curves[name] = algorithm(P, config.horizon, 20, rng)
-        at = np.array([config.horizon // 100, config.horizon // 10, config.horizon])
-        found = [{"bandit": name, "step": int(t), "regret": mean, "regret_se": error}
-                 for t, mean, error in zip(at, *mean_se(curves[name][:, at - 1]))]
-        rows += found
-        print(f"  {name:20}"
-              + ",  ".join(f"{row['regret']:.0f} ± {row['regret_se']:.0f} after {row['step']}" for row in found))
-    slope = (found[2]["regret"] - found[1]["regret"]) / math.log(10)
-    print(f"  RUCB's regret grows by {slope:.1f} log T over the last decade; no algorithm can stay under "
-          f"{regret_bound(P):.1f} log T (Komiyama et al. 2015)")
-    rows.append({"bandit": "RUCB", "slope": slope, "bound": regret_bound(P)})
-
-    folder = Path(config.out)
-    write_jsonl(folder / "results.jsonl",
-                [{key: float(x) if isinstance(x, np.floating) else x for key, x in row.items()} for row in rows])
-    draw_simulation(folder / "figure.png", r, fitted, sizes, rms, curves, regret_bound(P))
-    print(f"\nrows and figure  ->  {folder}")
+    print(f"\nrows and figure  ->  {config.out}", flush=True)
 
 
-def draw_simulation(path: Path, r: Matrix, fitted: Fit, sizes: list[int], rms: list[float], curves: dict[str, Matrix],
-                    bound: float) -> None:
-    """True against fitted strengths; their error against the number of comparisons; the bandits' regret."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
-    axes[0].errorbar(r, fitted.strengths, 1.96 * fitted.errors(), fmt="o", capsize=3)
-    axes[0].axline((0, 0), slope=1, color="black", linewidth=1)
-    axes[0].set(xlabel="true strength", ylabel="fitted strength, 95% intervals", title="Bradley-Terry")
-    axes[1].loglog(sizes, rms, "o-", label="measured")
-    axes[1].loglog(sizes, rms[-1] * np.sqrt(sizes[-1] / np.array(sizes)), "--", color="black", label=r"$1/\sqrt{N}$")
-    axes[1].set(xlabel="comparisons N", ylabel="error of a strength", title="more data")
-    axes[1].legend()
-    steps = np.unique(np.logspace(1, math.log10(curves["RUCB"].shape[1]), 200).astype(int))
-    for name, regret in curves.items():
-        mean, error = mean_se(regret[:, steps - 1])
-        axes[2].plot(steps, mean, label=name)
-        axes[2].fill_between(steps, mean - error, mean + error, alpha=0.2)
-    axes[2].plot(steps, bound * np.log(steps), "--", color="black", label=r"lower bound $\cdot\,\log T$")
-    axes[2].set(xscale="log", yscale="log", xlabel="comparisons", ylabel="regret", title="dueling bandits")
-    axes[2].legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def draw_simulation(path: Path, r: np.ndarray, fitted: Fit, sizes: np.ndarray,
+                    rms: np.ndarray) -> None:
+    """True against fitted strengths; their error against the number of comparisons."""
+    with figure(path, columns=2) as (_, axes):
+        axes[0].errorbar(r, fitted.strengths, 1.96 * fitted.standard_errors(), fmt="o", capsize=3)
+        axes[0].axline((0, 0), slope=1, color="black", linewidth=1)
+        axes[0].set(xlabel="true strength", ylabel="fitted strength, 95% intervals",
+                    title="Bradley-Terry")
+        axes[1].loglog(sizes, rms, "o-", label="measured")
+        axes[1].loglog(sizes, rms[-1] * np.sqrt(sizes[-1] / sizes), "--", color="black",
+                       label=r"$1/\sqrt{N}$")
+        axes[1].set(xlabel="comparisons N", ylabel="error of a strength", title="more data")
+        axes[1].legend()
 
 
 def main(config: Config) -> None:
+    check_writable(config.out)
+    if not config.data:
+        demonstrate(config)
+        return
     try:
-        leaderboard(config) if config.data else demonstrate(config)
+        leaderboard(config)
     except NoMaximum as error:
         fail(f"{config.data}: {error}")
 
