@@ -1,548 +1,579 @@
-"""Imitation: copying an expert, why small errors compound, and DAgger, the cure. Training a language model on its own samples
-with a teacher's labels (on-policy distillation) is the same cure, and the third task here.
+"""Imitation: copying an expert, why small mistakes compound, and DAgger, which mends them.
 
-    D <- {};  pi_1 any policy                                                  (Ross, Gordon and Bagnell 2011, Algorithm 3.1)
+    D <- {};  pi_1 <- any policy                 (Ross, Gordon and Bagnell 2011, Algorithm 3.1)
     for i = 1 .. N:
-        pi = expert_prob_i * expert + (1 - expert_prob_i) * pi_i               the mixture acts, drawn anew at every step
-        sample T-step trajectories with pi
-        D <- D + {(s, expert(s))} for every state visited, whoever acted there
+        pi <- expert_prob_i * expert + (1 - expert_prob_i) * pi_i
+        sample T-step trajectories with pi       who acts is drawn anew at every step
+        D <- D + {(s, expert(s))}                for every visited state s, whoever acted there
         train pi_{i+1} on D
     return the best pi_i on validation
 
-Cloning is its first round alone: the expert acts, the learner copies. If it errs with probability epsilon in the states that
-the expert visits, it may leave them at any of T steps and then pay for all that are left: its cost is at most epsilon T^2 above
-the expert's (Ross and Bagnell 2010, Theorem 2.1), and there are tasks where it is of that order. DAgger's learner is trained
-where it goes itself; if a mistake can be mended at a cost of u it pays at most u epsilon T + O(1) (Ross et al. 2011, Theorem
-2.2), since choosing policies against the states that they cause is online learning, and training on all data so far is
+Behaviour cloning is the first round alone: the expert acts, and the learner copies it.
+
+    python dagger.py                # a bridge over water: cost against horizon, T^2 and T; 15 s
+    python dagger.py --task track   # a car on a winding road: who stays on it; two minutes
+
+Say the learner errs with probability epsilon in the states that the expert visits. After one
+mistake it may be in states that the expert never visits, and err for the rest of the T steps. So
+cloning costs up to epsilon T^2 more than the expert (Ross and Bagnell 2010, Theorem 2.1). DAgger
+trains the learner in the states that the learner itself visits. Where a mistake can be mended at a
+cost of u, it pays at most u epsilon T + O(1) (Ross et al. 2011, Theorem 2.2): choosing policies
+against the states that they cause is online learning, and training on all data so far is
 follow-the-leader, which has no regret.
 
-    python dagger.py                   # a bridge that can be fallen off: cost against horizon, T^2 and T; 20 s
-    python dagger.py --task track      # a car on a winding road: who stays on it, and for how many labels; two minutes
-    python dagger.py --task distill    # a small GPT learns from a larger one, on its samples or its own; 7 minutes of a core
+bridge   PLANKS planks; one of ACTIONS actions is right on each. A wrong one drops you into the
+         water, at one of SPOTS spots, each with one action that brings you back. A step in the
+         water costs 1. The expert never falls, so it never shows what to do in the water: here
+         the T^2 is real. The learner is a table that knows what it was shown and guesses the rest.
+         In shallow water every action brings you back: there cloning, too, costs epsilon T.
+track    A car at constant speed, in gusts; the action is the steering. The learner sees its place
+         on the road and the bends ahead. It copies the steering by ridge regression on normal
+         bumps around 100 of the views that it was shown; far from all of them it steers straight.
 
-bridge    M planks, one of A actions is right on each; the wrong one and you are in the water, at one of W spots, each with one
-          action that brings you back. A step in the water costs 1. The expert knows all right actions and never falls. The
-          learner is a table: it knows what it has seen, and guesses the rest. Built so that the T^2 is real: the expert never
-          shows what to do in the water. Beside it the same bridge over shallow water, which you leave by yourself: there
-          cloning, too, costs epsilon T.
-track     steering only, at constant speed, in gusts. The learner sees where it is on the road and the bends ahead, and copies
-          the steering by ridge regression on 100 bumps around states it was shown; far from all of them it steers straight on.
-distill   expert = the SFT policy of `reviews`, learner = a GPT of a quarter of its size, an action is a token. Every label is
-          the expert's whole distribution. Cloning is trained on the expert's samples, DAgger on its own from the second round
-          on, from where the last round ended; the last learner is returned, without validation.
+Both methods ask the expert about equally many states, because an expert's time is what costs.
 
-Symbols: epsilon, the learner's error rate under the distribution that it was trained on; cost, summed over T steps; labels, the
-number of states that the expert was asked about, which is the effort of a human expert. Intervals are over seeds.
+Symbols: T, the horizon, steps of a trajectory; epsilon, the learner's error rate on planks; cost,
+summed over T steps; labels, the number of states that the expert was asked about.
 
 Writes  runs/dagger-<task>/ : results.jsonl, figure.png
 """
 from __future__ import annotations
 
+import common  # noqa: F401  first, so that Ctrl-C while numpy is imported is one line, too
+
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import tasks
-import evaluate
-import reward_model
-import sft
-from common import fail
-from common.files import read_jsonl, write_jsonl
-from common.settings import parse, require, require_numbers
-from common.training import device, fingerprint, generator, warmup_cosine
-from common.tokenizer import Tokenizer
-from common.run import load_run
-from model import GPT, GPTConfig, Samples, generate, response_mask
+from common.figures import figure
+from common.files import check_writable, write_jsonl
+from common.settings import parse, require, require_numbers, settings
+from common.statistics import mean_se
 
-Array = np.ndarray
-LABELS = {"bridge": 30_720, "track": 8 * 370, "distill": 8000}  # of the whole run: states, states, responses
+LABELS = {"bridge": 30_720, "track": 2960}
+MOST_LABELS = {"bridge": 10**6, "track": 10**5}  # what fits into a small machine's memory
+ITERATIONS = {"bridge": 10, "track": 8}
+SCHEDULE = {"bridge": "linear", "track": "first"}
 
 
-@dataclass
+@settings
 class Config:
-    task: Literal["bridge", "track", "distill"] = "bridge"
-    horizon: int = 256  # bridge: the longest; the others are halves of it, six in all
-    labels: int = 0  # states the expert is asked about in all (distill: responses); 0 = the task's own number
-    iterations: int = 0  # rounds of DAgger; 0 = 10 (bridge), 8 (track), 4 (distill)
-    schedule: Literal["", "linear", "exponential", "first"] = ""  # expert_prob falls to 0 in equal steps, by halves, or after
-    # the first round; none = linear (bridge), first (track, distill)
-    expert_prob: float = 1.0  # share of the expert's actions in the first round
-    seeds: int = 0  # 0 = 20, or 3 of distill
-    seed: int = 0  # the first
-    sft: str = ""  # distill: run folder of the teacher, if not runs/reviews/sft
-    steps: int = 800  # distill: optimizer steps of each method, on 32 responses each
-    lr: float = 4e-3  # distill: peak learning rate
-    out: str = ""  # folder of rows and figure, if not runs/dagger-<task>
+    task: Literal["bridge", "track"] = "bridge"  # Task: the bridge over water, or the winding road.
 
-    PRESETS: ClassVar[dict] = {}
+    # ---- the algorithm
+    labels: int = 0  # States that the expert is asked about, in all rounds together; 0 = 30,720 for
+    # the bridge and 2,960 for the track. Both are also run with fewer, and the track with twice as
+    # many.
+    iterations: int = 0  # Rounds of DAgger; 0 = 10 for the bridge and 8 for the track.
+    schedule: Literal["auto", "linear", "first"] = "auto"  # How often the expert acts: its
+    # probability falls from 1 to 0 in equal steps (linear), or it acts in the first round alone
+    # (first); auto = linear for the bridge, first for the track.
+
+    # ---- the experiment
+    horizon: int = 256  # Longest horizon of the bridge, in steps; the five others are its halves.
+    seeds: int = 20  # Repetitions, over which intervals are computed.
+    seed: int = 0  # First seed.
+    out: str = ""  # Folder for rows and figure, if not runs/dagger-<task>.
 
     def __post_init__(self) -> None:
-        require_numbers(self, above_0="steps lr", from_0="labels iterations seeds seed")
-        require(0 <= self.expert_prob <= 1, f"--expert-prob {self.expert_prob}: must be in [0, 1]")
-        require(self.horizon >= 64, f"--horizon {self.horizon}: must be >= 64")
-        distill = self.task == "distill"
-        require(distill or not self.sft and self.steps == Config.steps and self.lr == Config.lr,
-                "--sft, --steps, --lr: need --task distill")
-        require(self.task == "bridge" or self.horizon == Config.horizon, "--horizon: needs --task bridge")
-        require(self.expert_prob == 1 or not distill, "--expert-prob: not for --task distill, where the expert begins")
-        require(self.schedule in ("", "first") or not distill, "--schedule: distill has first only: a response has one author")
-        self.schedule = self.schedule or ("linear" if self.task == "bridge" else "first")
+        require_numbers(self, above_0="horizon seeds", from_0="labels iterations seed")
+        require(64 <= self.horizon <= 10**5, f"--horizon {self.horizon}: must be from 64 to 10^5")
+        require(2 <= self.seeds <= 1000, f"--seeds {self.seeds}: must be from 2 to 1000")
+        require(self.task == "bridge" or self.horizon == Config.horizon,
+                "--horizon: needs --task bridge")
+        if self.schedule == "auto":
+            self.schedule = SCHEDULE[self.task]
         self.labels = self.labels or LABELS[self.task]
-        self.iterations = self.iterations or {"bridge": 10, "track": 8, "distill": 4}[self.task]
-        self.seeds = self.seeds or (3 if distill else 20)
+        self.iterations = self.iterations or ITERATIONS[self.task]
         self.out = self.out or f"runs/dagger-{self.task}"
-        require(self.seeds > 1, f"--seeds {self.seeds}: must be > 1")
-        least = self.iterations * {"bridge": self.horizon, "track": 10, "distill": 1}[self.task]
-        require(self.labels >= least, f"--labels {self.labels}: {self.iterations} rounds need {least} or more")
 
-    def expert_probs(self) -> list[float]:
-        """expert_prob_i of every round."""
-        n = self.iterations
-        share = {"linear": [1 - i / max(1, n - 1) for i in range(n)], "exponential": [0.5**i for i in range(n)],
-                 "first": [1.0] + [0.0] * (n - 1)}[self.schedule]
-        return [self.expert_prob * x for x in share]
+        of_a_round = self.horizon if self.task == "bridge" else 10  # labels, at least
+        least, most = of_a_round * self.iterations, MOST_LABELS[self.task]
+        require(least <= most, f"--iterations {self.iterations}: must be at most "
+                f"{most // of_a_round}, of {of_a_round} labels or more each")
+        require(least <= self.labels <= most,
+                f"--labels {self.labels}: must be from {least} to {most} for --iterations "
+                f"{self.iterations}")
 
 
-# ---- the algorithm ---------------------------------------------------------------------------------------------------
+# ---- the mixture ---------------------------------------------------------------------------------
 
-def dagger(expert_probs: list[float], roll_out: Callable, expert: Callable, learn: Callable, cost: Callable,
-           learner: Any) -> Any:
-    """Dataset Aggregation; with expert_probs = [1] it is cloning.
-
-    Args:
-        roll_out: (learner, expert_prob) -> states visited by the mixture.
-        expert: states -> what the expert does there.
-        learn: [(states, labels), ...], learner -> the next learner.
-        cost: learner -> its cost on validation.
-        learner: pi_1, any policy.
-    """
-    D, learners = [], []
-    for expert_prob in expert_probs:
-        states = roll_out(learner, expert_prob)
-        D.append((states, expert(states)))
-        learner = learn(D, learner)
-        learners.append(learner)
-    return min(reversed(learners), key=cost) if len(learners) > 1 else learner  # the latest of those that are alike
+def schedule(config: Config, method: str) -> list[float]:
+    """expert_prob_i of every round. Cloning has one round, in which the expert acts."""
+    if method != "DAgger":
+        return [1.0]
+    if config.schedule == "first":
+        return [1.0] + [0.0] * (config.iterations - 1)
+    last = max(1, config.iterations - 1)
+    return [1 - i / last for i in range(config.iterations)]
 
 
-def mixture(own: Array, experts: Array, expert_prob: float, rng: np.random.Generator) -> Array:
-    """The action of the expert with probability expert_prob, of the learner otherwise; at every state anew."""
-    return np.where((rng.random(len(own)) < expert_prob).reshape(-1, *[1] * (own.ndim - 1)), experts, own)
+def mixture(own: np.ndarray, experts: np.ndarray, expert_prob: float,
+            rng: np.random.Generator) -> np.ndarray:
+    """The expert's action with probability expert_prob, else the learner's own; drawn at every
+    state anew. own, experts: (n,) actions."""
+    expert_acts = rng.random(len(own)) < expert_prob
+    return np.where(expert_acts, experts, own)
 
 
-# ---- bridge: states 0 .. M - 1 are planks, M .. M + W - 1 spots in the water -------------------------------------------------
+# ---- the bridge ----------------------------------------------------------------------------------
 
-M, W, A = 4000, 20, 4
+PLANKS = 4000
+SPOTS = 20
+ACTIONS = 4
+METHODS = ("cloning", "DAgger", "cloning, shallow")
 
 
 class Bridge:
-    """The bridge of one seed: which action is right where, and what a learner does that has seen nothing."""
+    """A bridge, and the water under it. States 0 .. PLANKS - 1 are planks, the SPOTS states after
+    them are in the water.
+
+    Attributes:
+        right: (PLANKS + SPOTS,) the right action in each state.
+        guess: (PLANKS + SPOTS,) what a learner does that has seen nothing.
+    """
 
     def __init__(self, seed: int, stream: int = 0):
         self.rng = np.random.default_rng([seed, stream])
-        self.right, self.guess = self.rng.integers(0, A, (2, M + W))
+        self.right, self.guess = self.rng.integers(0, ACTIONS, (2, PLANKS + SPOTS))
 
-    def roll_out(self, table: Array, expert_prob: float, n: int, T: int, shallow: bool = False) -> Array:
-        """States (n, T) of n walkers."""
-        state, seen = self.rng.integers(0, M, n), []
+    def roll_out(self, table: np.ndarray, expert_prob: float, walkers: int, T: int,
+                 shallow: bool = False) -> np.ndarray:
+        """States (walkers, T) visited by the mixture of the expert and a learner's table."""
+        state = self.rng.integers(0, PLANKS, walkers)
+        visited = []
         for _ in range(T):
-            seen.append(state)
+            visited.append(state)
             action = mixture(table[state], self.right[state], expert_prob, self.rng)
-            plank, spot, wet = self.rng.integers(0, M, n), self.rng.integers(M, M + W, n), state >= M
-            back = (action == self.right[state]) | (wet & shallow)
-            state = np.where(back, plank, np.where(wet, state, spot))
-        return np.stack(seen, 1)
+            next_plank = self.rng.integers(0, PLANKS, walkers)
+            next_spot = self.rng.integers(PLANKS, PLANKS + SPOTS, walkers)
 
-    def learn(self, D: list[tuple[Array, Array]], _: Array) -> Array:
-        """The empirical risk minimiser of a table: what was shown, and the guess elsewhere."""
+            wet = state >= PLANKS
+            to_plank = (action == self.right[state]) | (wet & shallow)
+            to_water = np.where(wet, state, next_spot)  # who is in the water stays on the spot
+            state = np.where(to_plank, next_plank, to_water)
+        return np.stack(visited, 1)
+
+    def expert(self, states: np.ndarray) -> np.ndarray:
+        """What the expert does in these states."""
+        return self.right[states]
+
+    def learn(self, states: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        """The table that makes no mistake on D: what was shown, and the guess elsewhere."""
         table = self.guess.copy()
-        for states, actions in D:
-            table[states] = actions
+        table[states] = actions
         return table
 
-    def train(self, config: Config, method: str, T: int, labels: int) -> Array:
-        """The table that cloning or DAgger ends with after so many labels."""
-        probs = config.expert_probs() if method == "DAgger" else [1.0]
-        each, shallow = labels // len(probs), method == "cloning, shallow"
-        return dagger(probs, lambda table, prob: self.roll_out(table, prob, -(-each // T), T, shallow).ravel()[:each],
-                      lambda states: self.right[states], self.learn,
-                      lambda table: (self.roll_out(table, 0.0, 200, T) >= M).mean(), self.guess)
+    def time_in_water(self, table: np.ndarray, T: int) -> float:
+        """Share of the steps that a table spends in the water, on 200 walks: for validation."""
+        return (self.roll_out(table, 0.0, 200, T) >= PLANKS).mean()
 
-    def errors(self, table: Array) -> tuple[float, float]:
-        """Share of planks, and of spots in the water, where the table is wrong."""
+    def errors(self, table: np.ndarray) -> tuple[float, float]:
+        """Share of the planks, and of the spots in the water, where the table is wrong."""
         wrong = table != self.right
-        return wrong[:M].mean(), wrong[M:].mean()
+        return wrong[:PLANKS].mean(), wrong[PLANKS:].mean()
+
+
+def dagger_on_bridge(world: Bridge, expert_probs: list[float], T: int, labels: int,
+                     shallow: bool = False) -> np.ndarray:
+    """The table that DAgger returns after so many labels. With expert_probs [1.0] it is cloning."""
+    per_round = labels // len(expert_probs)  # states to label
+    walkers = math.ceil(per_round / T)
+    states, actions = np.empty(0, int), np.empty(0, int)  # D, empty
+    table = world.guess  # pi_1: it has seen nothing
+    learners = []
+    for expert_prob in expert_probs:
+        # 1) the mixture of expert and learner acts for T steps
+        visited = world.roll_out(table, expert_prob, walkers, T, shallow).ravel()[:per_round]
+        # 2) the expert says what it does in every visited state, whoever acted there
+        answers = world.expert(visited)
+        # 3) these labels are added to those of all earlier rounds
+        states = np.concatenate([states, visited])
+        actions = np.concatenate([actions, answers])
+        # 4) the next learner is trained on all of them
+        table = world.learn(states, actions)
+        learners.append(table)
+    if len(learners) == 1:
+        return table
+    # 5) the best learner on validation; the latest, where several are alike
+    learners.reverse()
+    costs = [world.time_in_water(learner, T) for learner in learners]
+    return learners[np.argmin(costs)]
 
 
 def expected_cost(epsilon: float, stuck: float, T: int) -> float:
-    """Expected steps in the water among T, exactly: a table falls with probability epsilon at a plank, and never comes back
-    from a share `stuck` of the spots. For stuck = 1 it is sum over t < T of 1 - (1 - epsilon)^t, about epsilon T^2 / 2."""
-    on, wet, lost, cost = 1.0, 0.0, 0.0, 0.0  # probabilities: on a plank, about to leave the water, in it for good
+    """Expected steps in the water among T, exactly, for a table that falls from a plank with
+    probability epsilon, into a spot from which it never comes back with probability `stuck`.
+
+    For stuck = 1 it is the sum over t < T of 1 - (1 - epsilon)^t, about epsilon T^2 / 2.
+    """
+    on_plank = 1.0  # probabilities of the three kinds of place where a walker can be
+    leaving = 0.0  # in the water, and back on a plank in the next step
+    lost = 0.0  # in the water for good
+    cost = 0.0
     for _ in range(T):
-        cost += wet + lost
-        on, wet, lost = on * (1 - epsilon) + wet, on * epsilon * (1 - stuck), lost + on * epsilon * stuck
+        cost += leaving + lost
+        falls = on_plank * epsilon
+        on_plank = on_plank * (1 - epsilon) + leaving
+        leaving = falls * (1 - stuck)
+        lost = lost + falls * stuck
     return cost
 
 
+# ---- the bridge: the experiment ------------------------------------------------------------------
+
 def bridge(config: Config) -> list[dict]:
-    """Cost against horizon at equal labels, and against labels at one horizon."""
-    rows = []
-
-    def run(method: str, T: int, labels: int, seed: int) -> dict:
-        world, shallow = Bridge(seed, T), method == "cloning, shallow"
-        table = world.train(config, method, T, labels)
-        epsilon, stuck = world.errors(table)
-        visited = world.roll_out(table, 0.0, 200, T, shallow)
-        return {"task": "bridge", "method": method, "horizon": T, "labels": labels, "seed": seed, "epsilon": epsilon,
-                "stuck": stuck, "cost": expected_cost(epsilon, 0.0 if shallow else stuck, T),
-                "rolled_out_cost": float((visited >= M).sum(1).mean())}
-
+    """Cost against horizon with equally many labels, and against labels at one horizon."""
     horizons = [config.horizon // 2**k for k in range(5, -1, -1)]
-    jobs = [(method, T, config.labels) for T in horizons for method in ("cloning", "DAgger", "cloning, shallow")]
-    jobs += [(method, horizons[-2], labels) for labels in (config.labels // 8, config.labels // 4, config.labels // 2)
-             for method in ("cloning", "DAgger") if labels >= config.iterations * horizons[-2]]
-    for job in tqdm(jobs, "bridge"):
-        rows += [run(*job, config.seed + k) for k in range(config.seeds)]
+    runs = [(method, T, config.labels) for T in horizons for method in METHODS]
+    half = horizons[-2]
+    for labels in (config.labels // 8, config.labels // 4, config.labels // 2):
+        if labels >= config.iterations * half:
+            runs += [("cloning", half, labels), ("DAgger", half, labels)]
 
-    own = [row for row in rows if row["labels"] == config.labels]
-    print(f"\nsteps in the water among T, {config.labels} labels, mean of {config.seeds} seeds\n\n"
-          f"{'':18}" + "".join(f"{f'T = {T}':>18}" for T in horizons) + "    slope of log cost in log T")
-    for method in ("cloning", "DAgger", "cloning, shallow"):
-        costs = np.array([[row["cost"] for row in own if (row["method"], row["horizon"]) == (method, T)] for T in horizons])
-        mean, low, high = slope(horizons, costs, config.seed)
-        rows.append({"task": "bridge", "method": method, "slope": mean, "slope_low": low, "slope_high": high})
-        print(f"{method:18}" + "".join(f"{x.mean():10.4f} ± {x.std(ddof=1) / math.sqrt(len(x)):.4f}" for x in costs)
-              + f"    {mean:.2f} ({low:.2f} to {high:.2f})")
-    for method in ("cloning", "DAgger"):
-        epsilon = [np.mean([row["epsilon"] for row in own if (row["method"], row["horizon"]) == (method, T)]) for T in horizons]
-        print(f"{'epsilon, ' + method:18}" + "".join(f"{x:18.5f}" for x in epsilon))
-    print("The expert's cost is 0. Cloning is bounded by epsilon T^2, DAgger here by epsilon T: each fall is mended in a step.")
+    rows = []
+    for method, T, labels in tqdm(runs, "bridge"):
+        for seed in range(config.seed, config.seed + config.seeds):
+            rows.append(bridge_run(config, method, T, labels, seed))
+
+    for method in METHODS:
+        costs = [values(rows, "cost", method=method, horizon=T, labels=config.labels)
+                 for T in horizons]
+        exponent, low, high = slope(horizons, np.array(costs), config.seed)
+        rows.append({"task": "bridge", "method": method, "slope": exponent, "slope_low": low,
+                     "slope_high": high})
     return rows
 
 
-def slope(horizons: list[int], costs: Array, seed: int) -> tuple[float, float, float]:
-    """Slope of the log of the mean cost in log T, with its 95% bootstrap interval over seeds. costs: (horizons, seeds)."""
-    rng, x = np.random.default_rng(seed), np.log(horizons)
+def bridge_run(config: Config, method: str, T: int, labels: int, seed: int) -> dict:
+    """Train one learner, and measure its table."""
+    world = Bridge(seed, T)
+    shallow = method == "cloning, shallow"
+    table = dagger_on_bridge(world, schedule(config, method), T, labels, shallow)
+    epsilon, stuck = world.errors(table)
+    cost = expected_cost(epsilon, 0.0 if shallow else stuck, T)
+    wet = world.roll_out(table, 0.0, 200, T, shallow) >= PLANKS
+    return {"task": "bridge", "method": method, "horizon": T, "labels": labels, "seed": seed,
+            "epsilon": epsilon, "stuck": stuck, "cost": cost,
+            "rolled_out_cost": float(wet.sum(1).mean())}
 
-    def fitted(costs: Array) -> float:
-        return float(np.polyfit(x, np.log(np.maximum(costs.mean(1), 1e-12)), 1)[0])
-    again = [fitted(costs[:, rng.integers(0, costs.shape[1], costs.shape[1])]) for _ in range(1000)]
-    return fitted(costs), *(float(q) for q in np.quantile(again, [0.025, 0.975]))
+
+def values(rows: list[dict], name: str, **where: object) -> list[float]:
+    """A field of the rows that have it, and whose other fields are as `where` says."""
+    return [row[name] for row in rows if name in row and where.items() <= row.items()]
 
 
-# ---- track: states (x, y, heading) -------------------------------------------------------------------------------------
+def slope(horizons: list[int], costs: np.ndarray, seed: int) -> tuple[float, float, float]:
+    """Slope of the log of the mean cost in log T, with its 95% bootstrap interval over seeds.
+
+    Args:
+        costs: (horizons, seeds).
+    """
+    rng = np.random.default_rng(seed)
+    log_T = np.log(horizons)
+
+    def fitted(costs: np.ndarray) -> float:
+        log_costs = np.log(np.maximum(costs.mean(1), 1e-12))
+        return float(np.polyfit(log_T, log_costs, 1)[0])
+
+    seeds = costs.shape[1]
+    resampled = [fitted(costs[:, rng.integers(0, seeds, seeds)]) for _ in range(1000)]
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return fitted(costs), float(low), float(high)
+
+
+def print_bridge(rows: list[dict], config: Config) -> None:
+    """Cost and error rate of every method at every horizon."""
+    horizons = sorted(set(values(rows, "horizon")))
+    print(f"\nsteps in the water among T, {config.labels} labels, mean of {config.seeds} seeds\n")
+    print(" " * 18 + "".join(f"{f'T = {T}':>18}" for T in horizons)
+          + "    slope of log cost in log T")
+    for method in METHODS:
+        line = f"{method:18}"
+        for T in horizons:
+            mean, error = mean_se(
+                values(rows, "cost", method=method, horizon=T, labels=config.labels))
+            line += f"{mean:10.4f} ± {error:.4f}"
+        fit = next(row for row in rows if row["method"] == method and "slope" in row)
+        print(f"{line}    {fit['slope']:.2f} ({fit['slope_low']:.2f} to {fit['slope_high']:.2f})")
+    for method in ("cloning", "DAgger"):
+        line = f"{'epsilon, ' + method:18}"
+        for T in horizons:
+            epsilon = values(rows, "epsilon", method=method, horizon=T, labels=config.labels)
+            line += f"{np.mean(epsilon):18.5f}"
+        print(line)
+    print("The expert's cost is 0. Theory: at most epsilon T^2; at most epsilon T where every fall "
+          "is mended in one step.")
+
+
+def draw_bridge(rows: list[dict], config: Config, path: Path) -> None:
+    """Cost against horizon with the bounds; cost against labels; who is in the water when."""
+    half = config.horizon // 2
+    with figure(path, 4, width=5) as (_, (by_horizon, by_labels, *walks)):
+        for method in METHODS:
+            exponent, = values(rows, "slope", method=method)
+            name = f"{method}: slope {exponent:.2f}"
+            color = draw_means(by_horizon, rows, "horizon", "cost", name, method=method,
+                               labels=config.labels)
+            if method == "cloning, shallow":
+                continue
+            power = 2 if method == "cloning" else 1
+            horizons = sorted(set(values(rows, "horizon", method=method)))
+            bound = [T**power * np.mean(values(rows, "epsilon", method=method, horizon=T,
+                                               labels=config.labels)) for T in horizons]
+            name = r"bound $\epsilon T^2$" if power == 2 else r"bound $\epsilon T$"
+            by_horizon.plot(horizons, bound, ":", color=color, label=name)
+            draw_means(by_labels, rows, "labels", "cost", method, method=method, horizon=half)
+        by_horizon.set(yscale="log", xlabel="horizon T", ylabel="steps in the water",
+                       title=f"{config.labels:,} labels")
+        by_labels.set(yscale="log", xlabel="labels", ylabel="steps in the water",
+                      title=f"horizon {half}: what an expert's effort buys")
+        by_horizon.legend(fontsize=8)
+        by_labels.legend(fontsize=8)
+
+        few = config.labels // 4
+        for axis, method in zip(walks, ("cloning", "DAgger")):
+            world = Bridge(config.seed, config.horizon)
+            table = dagger_on_bridge(world, schedule(config, method), config.horizon, few)
+            wet = world.roll_out(table, 0.0, 100, config.horizon) >= PLANKS
+            axis.imshow(wet, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+            axis.set(xlabel="step", ylabel="walker",
+                     title=f"{method}, {few:,} labels: in the water (blue)")
+
+
+def draw_means(axis, rows: list[dict], over: str, name: str, label: str, **where: object) -> str:
+    """Mean of a field over seeds against another field, with 95% intervals; returns its color."""
+    x = sorted(set(values(rows, over, **where)))
+    mean, error = mean_se(np.array([values(rows, name, **where, **{over: at}) for at in x]))
+    line = axis.errorbar(x, mean, 1.96 * error, fmt="o-", capsize=3, markersize=4, label=label)[0]
+    axis.set_xscale("log")
+    axis.set_xticks(x, [f"{at:,}" for at in x])
+    axis.minorticks_off()
+    return line.get_color()
+
+
+# ---- the track -----------------------------------------------------------------------------------
 
 class Track:
-    """A closed road of width 2, driven at 2 lengths a second; the driver steers, by radians a second."""
-    points, speed, step, half_width, gust = 600, 2.0, 0.1, 1.0, 0.3
+    """A closed road, and cars on it. The action is how fast a car turns, in radians a second.
+
+    A state is (x, y, heading). A view is what the driver sees of it: distance from the middle of
+    the road (left is positive), angle to the road, and how much the road bends at four places
+    ahead.
+    """
+    points = 600  # of the middle line
+    half_width = 1.0
+    speed = 2.0  # lengths a second
+    step = 0.1  # seconds
+    gust = 0.3  # standard deviation of what the wind adds to the steering
 
     def __init__(self) -> None:
         angle = np.linspace(0, 2 * np.pi, self.points, endpoint=False)
         radius = 10 + 2.2 * np.sin(3 * angle) + 1.2 * np.cos(5 * angle + 1)
-        self.centre = np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)
+        self.centre = np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)  # (points, 2)
         ahead = np.roll(self.centre, -1, 0) - self.centre
         length = np.hypot(*ahead.T)
-        self.heading = np.arctan2(ahead[:, 1], ahead[:, 0])
+        self.heading = np.arctan2(ahead[:, 1], ahead[:, 0])  # (points,) of the road
+
+        # how fast the road turns, in radians a length, as a mean over 11 points
         bend = self.turn(np.roll(self.heading, -1) - self.heading) / length
-        self.bend = np.convolve(np.concatenate([bend[-5:], bend, bend[:5]]), np.full(11, 1 / 11), "valid")
+        around = np.concatenate([bend[-5:], bend, bend[:5]])
+        self.bend = np.convolve(around, np.full(11, 1 / 11), "valid")  # (points,)
         self.lap = round(length.sum() / self.speed / self.step)  # steps
 
     @staticmethod
-    def turn(angle: Array) -> Array:
+    def turn(angle: np.ndarray) -> np.ndarray:
+        """An angle in [-pi, pi): whole turns do not count."""
         return (angle + np.pi) % (2 * np.pi) - np.pi
 
-    def see(self, state: Array) -> Array:
-        """What the driver sees, (n, 6): distance from the middle (left is positive), angle to the road, four bends ahead."""
-        at = ((state[:, None, :2] - self.centre) ** 2).sum(2).argmin(1)
-        off = state[:, :2] - self.centre[at]
-        aside = np.cos(self.heading[at]) * off[:, 1] - np.sin(self.heading[at]) * off[:, 0]
-        bends = [self.bend[(at + k) % self.points] for k in (0, 8, 16, 24)]
-        return np.column_stack([aside, self.turn(state[:, 2] - self.heading[at]), *bends])
+    def see(self, state: np.ndarray) -> np.ndarray:
+        """Views (n, 6) of states (n, 3)."""
+        nearest = ((state[:, None, :2] - self.centre) ** 2).sum(2).argmin(1)  # point of the road
+        road = self.heading[nearest]
+        offset = state[:, :2] - self.centre[nearest]
+        aside = np.cos(road) * offset[:, 1] - np.sin(road) * offset[:, 0]
+        bends = [self.bend[(nearest + k) % self.points] for k in (0, 8, 16, 24)]
+        return np.column_stack([aside, self.turn(state[:, 2] - road), *bends])
 
     @staticmethod
-    def expert(seen: Array) -> Array:
-        """Steers with the bend, back to the middle, and along the road; (..., 6) -> (...)."""
-        return np.clip(2 * seen[..., 3] - 1.5 * np.arctan(1.5 * seen[..., 0]) - 3 * seen[..., 1], -4, 4)
+    def expert(views: np.ndarray) -> np.ndarray:
+        """Steers with the bend, back to the middle, and along the road; (n, 6) -> (n,)."""
+        aside, angle, bend = views[:, 0], views[:, 1], views[:, 3]
+        return np.clip(2 * bend - 1.5 * np.arctan(1.5 * aside) - 3 * angle, -4, 4)
 
-    def drive(self, policy: Callable[[Array], Array], n: int, T: int, expert_prob: float,
-              rng: np.random.Generator) -> tuple[Array, Array]:
-        """States (n, T, 3) and what was seen (n, T, 6) of n cars that start anywhere in the middle of the road."""
-        at = rng.integers(0, self.points, n)
-        state, states, views = np.column_stack([self.centre[at], self.heading[at]]), [], []
+    def drive(self, driver: Driver, cars: int, T: int, expert_prob: float,
+              rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """States (cars, T, 3) and views (cars, T, 6) of the mixture of expert and driver.
+
+        The cars start in the middle of the road, anywhere along it.
+        """
+        start = rng.integers(0, self.points, cars)
+        state = np.column_stack([self.centre[start], self.heading[start]])
+        states, views = [], []
         for _ in range(T):
-            seen = self.see(state)
+            view = self.see(state)
             states.append(state)
-            views.append(seen)
-            steering = mixture(policy(seen), self.expert(seen), expert_prob, rng) + self.gust * rng.normal(size=n)
+            views.append(view)
+            steering = mixture(driver.steer(view), self.expert(view), expert_prob, rng)
+            steering = steering + self.gust * rng.normal(size=cars)
             heading = state[:, 2] + self.step * steering
-            ahead = np.column_stack([np.cos(heading), np.sin(heading)])
-            state = np.column_stack([state[:, :2] + self.step * self.speed * ahead, heading])
+            direction = np.column_stack([np.cos(heading), np.sin(heading)])
+            position = state[:, :2] + self.step * self.speed * direction
+            state = np.column_stack([position, heading])
         return np.stack(states, 1), np.stack(views, 1)
 
-
-    def train(self, config: Config, method: str, labels: int, rng: np.random.Generator) -> Callable[[Array], Array]:
-        """The policy that cloning or DAgger ends with after so many labels; on validation, the least time off the road."""
-        probs = config.expert_probs() if method == "DAgger" else [1.0]
-        each = labels // len(probs)
-        T = min(each, self.lap)
-        return dagger(probs, lambda policy, prob: self.drive(policy, -(-each // T), T, prob, rng)[1].reshape(-1, 6)[:each],
-                      self.expert, lambda D, _: ridge(D, rng),
-                      lambda policy: self.off(self.drive(policy, 10, self.lap, 0.0, rng)[1]).mean(),
-                      lambda seen: np.zeros(len(seen)))
-
-    def off(self, seen: Array) -> Array:
+    def is_off(self, views: np.ndarray) -> np.ndarray:
         """Whether the car has left the road, for every view."""
-        return np.abs(seen[..., 0]) > self.half_width
+        return np.abs(views[..., 0]) > self.half_width
+
+    def time_off(self, driver: Driver, rng: np.random.Generator) -> float:
+        """Share of the steps that a driver is off the road, on 10 laps: for validation."""
+        _, views = self.drive(driver, 10, self.lap, 0.0, rng)
+        return self.is_off(views).mean()
 
 
-def ridge(D: list[tuple[Array, Array]], rng: np.random.Generator, bumps: int = 100) -> Callable[[Array], Array]:
-    """A policy from (views, steering): ridge regression on normal bumps around some of the views; 0 far from all of them."""
-    views = np.concatenate([views.reshape(-1, 6) for views, _ in D]) / WIDTHS
-    steering = np.concatenate([steering.ravel() for _, steering in D])
-    centres = views[rng.choice(len(views), min(bumps, len(views)), replace=False)]
+WIDTHS = np.array([0.5, 0.3, 0.2, 0.2, 0.2, 0.2])  # of the bumps, in the units of a view
 
-    def features(views: Array) -> Array:
-        squares = (views**2).sum(1)[:, None] + (centres**2).sum(1) - 2 * views @ centres.T
+
+class Driver(NamedTuple):
+    """A learner of the track: a weighted sum of normal bumps. Far from all of them it is 0."""
+    centres: np.ndarray  # (bumps, 6) views, in units of WIDTHS
+    weights: np.ndarray  # (bumps,)
+
+    def features(self, views: np.ndarray) -> np.ndarray:
+        """(n, bumps): exp(-|view - centre|^2 / 2), for views (n, 6) in units of WIDTHS."""
+        squares = ((views**2).sum(1)[:, None] + (self.centres**2).sum(1)
+                   - 2 * views @ self.centres.T)
         return np.exp(-np.maximum(squares, 0) / 2)
-    phi = features(views)
+
+    def steer(self, views: np.ndarray) -> np.ndarray:
+        """The steering (n,) for views (n, 6)."""
+        return self.features(views / WIDTHS) @ self.weights
+
+
+STRAIGHT_ON = Driver(np.empty((0, 6)), np.empty(0))  # it has no bumps
+
+
+def ridge(views: np.ndarray, steering: np.ndarray, rng: np.random.Generator,
+          bumps: int = 100) -> Driver:
+    """Ridge regression of steering (n,) on bumps around some of the views (n, 6)."""
+    views = views / WIDTHS
+    centres = views[rng.choice(len(views), min(bumps, len(views)), replace=False)]
+    phi = Driver(centres, np.zeros(len(centres))).features(views)  # (n, bumps)
     weights = np.linalg.solve(phi.T @ phi + 1e-2 * np.eye(len(centres)), phi.T @ steering)
-    return lambda seen: features(seen / WIDTHS) @ weights
+    return Driver(centres, weights)
 
 
-WIDTHS = np.array([0.5, 0.3, 0.2, 0.2, 0.2, 0.2])  # of the bumps, in the units of what is seen
+def dagger_on_track(road: Track, expert_probs: list[float], labels: int,
+                    rng: np.random.Generator) -> Driver:
+    """The driver that DAgger returns after so many labels. With expert_probs [1.0] it is cloning.
+
+    The same five steps as on the bridge.
+    """
+    per_round = labels // len(expert_probs)  # views to label
+    T = min(per_round, road.lap)
+    cars = math.ceil(per_round / T)
+    views, steering = np.empty((0, 6)), np.empty(0)  # D, empty
+    driver = STRAIGHT_ON  # pi_1
+    learners = []
+    for expert_prob in expert_probs:
+        # 1) the mixture of expert and learner drives for T steps
+        _, seen = road.drive(driver, cars, T, expert_prob, rng)  # (cars, T, 6)
+        seen = seen.reshape(-1, 6)[:per_round]
+        # 2) the expert says how it would steer, whoever drove there
+        answers = road.expert(seen)
+        # 3) these labels are added to those of all earlier rounds
+        views = np.concatenate([views, seen])
+        steering = np.concatenate([steering, answers])
+        # 4) the next learner is trained on all of them
+        driver = ridge(views, steering, rng)
+        learners.append(driver)
+    if len(learners) == 1:
+        return driver
+    # 5) the best learner on validation; the latest, where several are alike
+    learners.reverse()
+    costs = [road.time_off(learner, rng) for learner in learners]
+    return learners[np.argmin(costs)]
 
 
-def track(config: Config) -> tuple[list[dict], Track, dict[str, Array]]:
-    """Laps without leaving the road against the number of labels, and the lines driven."""
-    road, rows, lines = Track(), [], {}
+# ---- the track: the experiment -------------------------------------------------------------------
+
+def track(config: Config) -> list[dict]:
+    """Laps without leaving the road, against the number of labels."""
+    road = Track()
     sizes = [config.labels // 4, config.labels // 2, config.labels, config.labels * 2]
-    for labels in tqdm([n for n in sizes if n >= 10 * config.iterations], "track"):
+    sizes = [labels for labels in sizes if labels >= 10 * config.iterations]
+    rows = []
+    for labels in tqdm(sizes, "track"):
         for seed in range(config.seed, config.seed + config.seeds):
             for method in ("cloning", "DAgger"):
-                policy = road.train(config, method, labels, np.random.default_rng([seed, labels]))
-                states, views = road.drive(policy, 20, road.lap, 0.0, np.random.default_rng([seed, 1]))
-                off = road.off(views)
+                _, views = track_run(config, road, method, labels, seed)
+                off = road.is_off(views)  # (cars, steps of a lap)
                 rows.append({"task": "track", "method": method, "labels": labels, "seed": seed,
                              "laps": float(1 - off.any(1).mean()), "time_off": float(off.mean())})
-                if labels == config.labels and seed == config.seed:
-                    lines[method] = states[:8]
-    sizes = sorted({row["labels"] for row in rows})
-    print(f"\nlaps without leaving the road, mean of {config.seeds} seeds; the expert's are all\n\n{'labels':12}"
-          + "".join(f"{n:>16}" for n in sizes))
+    return rows
+
+
+def track_run(config: Config, road: Track, method: str, labels: int,
+              seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Train one driver, and let it drive 20 laps: states (20, T, 3) and views (20, T, 6)."""
+    rng = np.random.default_rng([seed, labels])
+    driver = dagger_on_track(road, schedule(config, method), labels, rng)
+    return road.drive(driver, 20, road.lap, 0.0, np.random.default_rng([seed, 1]))
+
+
+def print_track(rows: list[dict], config: Config) -> None:
+    """Laps on the road of both methods, for every number of labels."""
+    sizes = sorted(set(values(rows, "labels")))
+    print(f"\nlaps without leaving the road, mean of {config.seeds} seeds; the expert leaves it on "
+          "none\n")
+    print(f"{'labels':12}" + "".join(f"{labels:>16}" for labels in sizes))
     for method in ("cloning", "DAgger"):
-        laps = [np.array([row["laps"] for row in rows if (row["method"], row["labels"]) == (method, n)]) for n in sizes]
-        print(f"{method:12}" + "".join(f"{x.mean():10.0%} ± {x.std(ddof=1) / math.sqrt(len(x)):3.0%}" for x in laps))
-    return rows, road, lines
+        line = f"{method:12}"
+        for labels in sizes:
+            mean, error = mean_se(values(rows, "laps", method=method, labels=labels))
+            line += f"{mean:10.0%} ± {error:3.0%}"
+        print(line)
 
 
-# ---- distill: a state is a prompt and the response so far ------------------------------------------------------------
-
-class Distilled(NamedTuple):
-    method: str
-    kl: Array  # (positions,) KL(student || teacher) at each token of the student's own responses, nats
-    alive: Array  # (positions,) share of its responses that have this token
-
-
-def student_of(teacher: GPTConfig, seed: int) -> GPT:
-    """A GPT of half the teacher's channels: a quarter of its weights."""
-    torch.manual_seed(seed)
-    half = {"n_embd": teacher.n_embd // 2, "n_head": max(1, teacher.n_head // 2)}
-    return GPT(GPTConfig(**{**vars(teacher), **half})).to(device())
-
-
-def token_logits(model: GPT, rows: Samples) -> torch.Tensor:
-    """Logits (N, vocabulary) of every response token, row after row."""
-    mask = response_mask(rows.prompt_lengths, rows.lengths)
-    i, r = mask.nonzero(as_tuple=True)
-    hidden = model.hidden(rows.tokens[:, :int(rows.lengths.max())])
-    return F.linear(hidden[i, rows.prompt_lengths[i] + r - 1], model.wte.weight).float()
-
-
-def kl_by_position(student: GPT, teacher: GPT, samples: Samples) -> tuple[Array, Array]:
-    """Mean KL(student || teacher) at every position of the student's responses, and the share of them that get there.
-
-    The sum over positions of share times KL is KL(student || teacher) of whole responses: the chain rule.
-    """
-    mask = response_mask(samples.prompt_lengths, samples.lengths)
-    total = torch.zeros(mask.shape[1], dtype=torch.float64)
-    with torch.no_grad():
-        for rows in torch.arange(len(mask)).split(64):
-            part = Samples(*(x[rows].to(device()) for x in samples[:3]), None)
-            p, q = (F.log_softmax(token_logits(model, part), 1) for model in (student, teacher))
-            _, r = response_mask(part.prompt_lengths, part.lengths).nonzero(as_tuple=True)
-            total.index_add_(0, r.cpu(), (p.exp() * (p - q)).sum(1).double().cpu())
-    count = mask.sum(0)
-    return (total / count).numpy(), (count / len(mask)).numpy()
-
-
-def distill(config: Config) -> tuple[list[dict], list[Distilled]]:
-    """A student trained on the teacher's samples, and one trained on its own; the teacher is asked equally often."""
-    folder = sft.ensure(config.sft, "reviews", "cpu")
-    teacher, meta = load_run(folder)
-    teacher = teacher.to(device()).eval().requires_grad_(False)
-    tokenizer = Tokenizer.load(folder / "tokenizer.tiktoken")
-    evaluate.check_same_task(folder, meta, {"dataset": "reviews", "tokenizer": tokenizer.fingerprint})
-    gold = reward_model.ensure_gold(folder, "reviews", "cpu")
-    bank = evaluate.ensure_bank(folder.parent, "reviews", "cpu", teacher, tokenizer, fingerprint(teacher.state_dict()), gold)
-    texts = [row["prompt"] for row in read_jsonl(tasks.ensure("reviews") / "prompts_train.jsonl", {"prompt": str})]
-    prompts = [[tokenizer.bos] + ids for ids in tokenizer.encode_batch(texts)]
-    block_size, each = teacher.config.block_size, config.labels // config.iterations
-
-    def roll_out(model: GPT, *stream: int) -> Samples:
-        draw = generator(*stream)
-        rows = torch.randint(len(prompts), (each,), generator=draw).tolist()
-        return generate(model, [prompts[i] for i in rows], block_size, tokenizer.eos, tokenizer.pad, draw)
-
-    rows, curves = [], []
-    for seed in range(config.seed, config.seed + config.seeds):
-        for method in ("cloning", "DAgger"):
-            student = student_of(teacher.config, seed)
-            optimizers = sft.optimizers_for(student, config.lr, 0.1)
-            bar = tqdm(total=config.steps, desc=f"{method}, seed {seed}")
-
-            def learn(D: list, student: GPT) -> GPT:
-                """Steps on all responses so far towards the teacher's distributions; goes on from the weights there are."""
-                done = config.steps * (len(D) - 1) // config.iterations
-                for step in range(done, config.steps * len(D) // config.iterations):
-                    draw = generator(seed, 1, step)
-                    samples = D[int(torch.randint(len(D), (), generator=draw))][0]  # of one round, any of them
-                    chosen = torch.randint(each, (32,), generator=draw)
-                    part = Samples(*(x[chosen].to(device()) for x in samples[:3]), None)
-                    with torch.no_grad():
-                        label = F.softmax(token_logits(teacher, part), 1)
-                    loss = F.cross_entropy(token_logits(student.train(), part), label)
-                    loss.backward()
-                    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0).item()
-                    if not math.isfinite(norm + loss.item()):
-                        fail(f"step {step}: loss {loss.item()}, gradient norm {norm}: not finite; --lr {config.lr} too large?")
-                    for optimizer in optimizers:
-                        for group in optimizer.param_groups:
-                            group["lr"] = config.lr * warmup_cosine(step, config.steps, 50)
-                        optimizer.step()
-                        optimizer.zero_grad(set_to_none=True)
-                    bar.update()
-                return student
-
-            rounds = iter(range(config.iterations))
-            probs = config.expert_probs() if method == "DAgger" else [1.0] * config.iterations
-            dagger(probs, lambda model, prob: roll_out(teacher if prob else model.eval(), seed, 2, next(rounds)),
-                   lambda _: None, learn, lambda _: 0.0, student)  # labels, 1,000 numbers a token, are made where used
-            bar.close()
-
-            # ---- on the student's own responses to test prompts
-            policy = evaluate.sample_policy(student.eval(), teacher, tokenizer, bank.prompts, gold, samples=4)
-            test = [[tokenizer.bos] + ids for ids in tokenizer.encode_batch(bank.prompts)] * 8
-            own = generate(student, test, block_size, tokenizer.eos, tokenizer.pad, generator(seed, 3))
-            kl, alive = kl_by_position(student, teacher, own)
-            curves.append(Distilled(method, kl, alive))
-            rows.append({"task": "distill", "method": method, "seed": seed, "labels": config.labels,
-                         "kl": float((kl * alive).sum()), "kl_sampled": policy.kl.mean().item(),
-                         "reward": policy.rewards.mean().item(), "teacher_reward": bank.rewards.mean().item(),
-                         "kl_by_position": [round(float(x), 5) for x in kl[:60]],
-                         "alive": [round(float(x), 5) for x in alive[:60]]})
-    print(f"\nKL(student || teacher) on the student's own responses, nats; {config.labels} labelled responses, {config.seeds} "
-          f"seeds\n\n{'':10}{'a response':>18}{'at tokens 1-10':>18}{'at 21-30':>18}{'gold reward':>18}   (teacher "
-          f"{rows[0]['teacher_reward']:.3f})")
-    for method in ("cloning", "DAgger"):
-        own = [row for row in rows if row["method"] == method]
-        early, late = ([np.mean(row["kl_by_position"][a:b]) for row in own] for a, b in ((0, 10), (20, 30)))
-        columns = [[row["kl"] for row in own], early, late, [row["reward"] for row in own]]
-        print(f"{method:10}" + "".join(f"{np.mean(x):10.3f} ± {np.std(x, ddof=1) / math.sqrt(len(x)):.3f}" for x in columns))
-    return rows, curves
-
-
-# ---- figures -----------------------------------------------------------------------------------------------------------
-
-def figure_of(width: int) -> tuple:
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt.subplots(1, width, figsize=(5 * width, 4.2), layout="constrained")
-
-
-def mean_se(x: Array) -> tuple[Array, Array]:
-    """Mean over seeds (the last axis) and its standard error."""
-    return x.mean(-1), x.std(-1, ddof=1) / math.sqrt(x.shape[-1])
-
-
-def draw_bridge(rows: list[dict], config: Config, path: Path) -> None:
-    """Cost against horizon with the bounds, cost against labels, and who is in the water when."""
-    figure, axes = figure_of(4)
-    runs = [row for row in rows if "cost" in row]
-    slopes = {row["method"]: row["slope"] for row in rows if "slope" in row}
-    half = config.horizon // 2
-    for axis, over, fixed in ((axes[0], "horizon", ("labels", config.labels)), (axes[1], "labels", ("horizon", half))):
-        for method in slopes if over == "horizon" else ("cloning", "DAgger"):
-            own = [row for row in runs if row["method"] == method and row[fixed[0]] == fixed[1]]
-            x = np.array(sorted({row[over] for row in own}))
-            mean, error = mean_se(np.array([[row["cost"] for row in own if row[over] == n] for n in x]))
-            label = f"{method}: slope {slopes[method]:.2f}" if over == "horizon" else method
-            line = axis.errorbar(x, mean, 1.96 * error, fmt="o-", capsize=3, markersize=4, label=label)[0]
-            if over == "horizon" and method in ("cloning", "DAgger"):
-                epsilon = np.mean([row["epsilon"] for row in own])
-                axis.plot(x, epsilon * x ** (2.0 if method == "cloning" else 1.0), ":", color=line.get_color(),
-                          label=r"bound $\epsilon T^2$" if method == "cloning" else r"bound $\epsilon T$")
-        axis.set(xscale="log", yscale="log", xlabel=over, ylabel="steps in the water")
-        axis.legend(fontsize=8)
-    axes[0].set_title(f"{config.labels} labels")
-    axes[1].set_title(f"horizon {half}: what an expert's effort buys")
-    for axis, method in zip(axes[2:], ("cloning", "DAgger")):
-        world = Bridge(config.seed, config.horizon)
-        table = world.train(config, method, config.horizon, config.labels // 4)
-        seen = world.roll_out(table, 0.0, 100, config.horizon)
-        axis.imshow(seen >= M, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-        axis.set(xlabel="step", ylabel="walker", title=f"{method}, {config.labels // 4} labels: in the water (blue)")
-    figure.savefig(path, dpi=150)
-
-
-def draw_track(rows: list[dict], road: Track, lines: dict[str, Array], path: Path) -> None:
-    """The lines driven, and laps against labels."""
-    figure, axes = figure_of(3)
-    side = np.stack([-np.sin(road.heading), np.cos(road.heading)], 1) * road.half_width
-    for axis, (method, states) in zip(axes, lines.items()):
-        for edge in (road.centre + side, road.centre - side):
-            axis.plot(*np.vstack([edge, edge[:1]]).T, color="black", linewidth=0.8)
-        for state in states:
-            axis.plot(state[:, 0], state[:, 1], linewidth=0.8)
-        axis.set(aspect="equal", xlim=(-17, 17), ylim=(-17, 17), title=method)
-    for method in lines:
-        own = [row for row in rows if row["method"] == method]
-        x = sorted({row["labels"] for row in own})
-        mean, error = mean_se(np.array([[row["laps"] for row in own if row["labels"] == n] for n in x]))
-        axes[-1].errorbar(x, mean, 1.96 * error, fmt="o-", capsize=3, label=method)
-    axes[-1].set(xscale="log", xlabel="labels", ylabel="laps on the road", ylim=(0, 1.05))
-    axes[-1].legend()
-    figure.savefig(path, dpi=150)
-
-
-def draw_distill(rows: list[dict], curves: list[Distilled], path: Path) -> None:
-    """KL at every position of the student's own responses, and summed up to it."""
-    figure, axes = figure_of(2)
-    for method in dict.fromkeys(curve.method for curve in curves):
-        own = [curve for curve in curves if curve.method == method]
-        size = min(min(int((curve.alive > 0.1).sum()) for curve in own), 60)
-        for axis, values in zip(axes, ([c.kl[:size] for c in own], [(c.kl * c.alive)[:size].cumsum() for c in own])):
-            mean, error = mean_se(np.stack(values, 1))
-            axis.plot(range(1, size + 1), mean, label=method)
-            axis.fill_between(range(1, size + 1), mean - error, mean + error, alpha=0.2)
-            axis.set(xlabel="token of the student's own response")
-            axis.legend()
-    axes[0].set(ylabel=r"KL(student $\|$ teacher), nats", title="at the token")
-    axes[1].set(title="of the response so far")
-    figure.savefig(path, dpi=150)
+def draw_track(rows: list[dict], config: Config, path: Path) -> None:
+    """The lines that both methods drive, and their laps against the labels."""
+    road = Track()
+    left = np.stack([-np.sin(road.heading), np.cos(road.heading)], 1) * road.half_width
+    edges = [road.centre + left, road.centre - left]
+    with figure(path, 3, width=5) as (_, (*maps, laps)):
+        for axis, method in zip(maps, ("cloning", "DAgger")):
+            for edge in edges:
+                closed = np.vstack([edge, edge[:1]])
+                axis.plot(closed[:, 0], closed[:, 1], color="black", linewidth=0.8)
+            states, _ = track_run(config, road, method, config.labels, config.seed)
+            for line in states[:8]:
+                axis.plot(line[:, 0], line[:, 1], linewidth=0.8)
+            axis.set(aspect="equal", xlim=(-17, 17), ylim=(-17, 17),
+                     title=f"{method}, {config.labels:,} labels")
+            draw_means(laps, rows, "labels", "laps", method, method=method)
+        laps.set(xlabel="labels", ylabel="laps on the road", ylim=(0, 1.05))
+        laps.legend()
 
 
 def main(config: Config) -> None:
+    """Run a task, write its rows and its figure, and print its table."""
     folder = Path(config.out)
-    rows, *drawn = {"bridge": lambda c: (bridge(c), c), "track": track, "distill": distill}[config.task](config)
-    write_jsonl(folder / "results.jsonl", rows)
-    {"bridge": draw_bridge, "track": draw_track, "distill": draw_distill}[config.task](rows, *drawn, folder / "figure.png")
+    check_writable(folder)
+    rows_file, figure_file = folder / "results.jsonl", folder / "figure.png"
+    if config.task == "bridge":
+        rows = bridge(config)
+        write_jsonl(rows_file, rows)
+        draw_bridge(rows, config, figure_file)
+        print_bridge(rows, config)
+    else:
+        rows = track(config)
+        write_jsonl(rows_file, rows)
+        draw_track(rows, config, figure_file)
+        print_track(rows, config)
     print(f"\nrows and figure  ->  {folder}")
 
 
