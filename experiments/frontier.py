@@ -1,367 +1,593 @@
-"""The figure that was never released: gold reward against KL for every method of the DPO paper's Figure 2 (left), with the
-exact optimum above them.
+"""Gold reward against KL: every method of the DPO paper's Figure 2 (left), and the exact optimum.
 
-    python experiments/frontier.py --quick                 # one seed of a few settings; 10 minutes on 2 cores, from nothing
-    python experiments/frontier.py                         # `reviews`: the whole grid, 3 seeds; an hour and a half on 2 cores
-    python experiments/frontier.py --dataset imdb          # the paper's task; hours on a CPU, in pieces: stop it and start it again
+    python experiments/frontier.py --quick             # one seed of a few settings: 10 minutes
+    python experiments/frontier.py                     # `reviews`, all of it: an hour and a half
+    python experiments/frontier.py --dataset imdb      # the paper's task: hours, in pieces
+    python experiments/frontier.py --grid why          # what keeps each method from the optimum
+    python experiments/frontier.py --grid ablation     # what each part of PPO buys
 
-Every run is a plain command (`python dpo.py ...`) in a process of its own (sweep.py). Ctrl-C leaves table and figure of what
-is finished.
+(Times are for 2 cores, from nothing.) Every run is a plain command, which is printed as it starts.
+Stop it whenever you like: Ctrl-C leaves table and figure of what is finished, and the same command
+goes on from there.
 
-Every policy is evaluated along its training on held-out prompts. A method's reward at a given KL: each run's points are
-joined to a path, the path is read where it last crosses that KL, seeds are averaged, and the best setting counts; the line
-through the settings' ends counts as one, too. The standard error is over seeds. Choosing the best of several settings on the
-prompts it is reported for flatters each method by about a standard error; every method has several.
+Every policy is evaluated along its training, on held-out prompts. A run's evaluations, joined by
+lines, are its *path*. A method's reward at a given KL is read from the path of every run, where the
+path last crosses that KL, and averaged over seeds; the best setting counts. For each seed, the line
+from the reference through the ends of the settings (in order of KL) counts as one more setting.
+Standard errors are over seeds.
 
-Reads   what the scripts need, all built if it is missing
-Writes  runs/<dataset>/frontier/ : the runs, results.jsonl (one row an evaluation), table.md, frontier.png, frontier.svg
+The best setting is chosen on the prompts that it is reported on, so each method looks better by
+about one standard error. Of a method with one setting the table has the end of its runs only. A
+line of the figure is the best that a method reached at a KL or below it, so it never falls.
+
+Reads   what the scripts need, built if it is missing
+Writes  runs/<dataset>/frontier/ (or frontier-why/, ...): the runs, results.jsonl (one row for each
+        evaluation), table.md, frontier.png, frontier.svg
 """
 from __future__ import annotations
 
-import math
-import os
 import sys
-from collections import defaultdict
-from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any, ClassVar, Literal
 
-import torch
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, for the imports below
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, for the imports below
+import common  # noqa: F401  first, so that Ctrl-C while torch is imported is one line, too
+
+import math
+import re
+import statistics
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
 
 import dpo
 import evaluate
 import ppo
-import reward_model
+import reinforce
 import sft
-from common.files import atomic_write, read_jsonl, write_jsonl
-from common.run import finished
-from common.settings import defaults, parse, require_numbers, runs_folder
-from common.training import device, fingerprint
-from common.pairs import ensure_pairs
-from common.tokenizer import Tokenizer
-from common.run import load_run
-from experiments.sweep import Planned, mean_se, run_all
+from common import pipeline, tasks
+from common.figures import figure
+from common.files import atomic_write, check_writable, write_jsonl
+from common.run import check_folder
+from common.settings import (ROUNDING_ONLY, changed, defaults_of, parse, require, require_numbers,
+                             run_folder, runs_folder, runs_of, script_of, settings)
+from common.statistics import mean_se
+from experiments.sweep import STOPPED, PlannedRun, finished_log, run_all, with_sources
 
-# steps between evaluations: (imdb or tldr, script)
-EVERY = {(False, "sft"): 25, (False, "dpo"): 25, (False, "ppo"): 5, (True, "sft"): 100, (True, "dpo"): 100, (True, "ppo"): 10}
-NAMED = ("alpha", "beta", "lr", "target_kl")  # what tells the settings of one method apart
 KLS = (1.0, 2.0, 4.0, 8.0)  # nats at which the table reads every method
 
 
-@dataclass
+@settings
 class Config:
-    dataset: str = "reviews"  # a folder of data/
-    preset: str = "cpu"  # defaults for a machine: cpu, or gpu (imdb)
-    grid: Literal["paper", "why", "ablation"] = "paper"  # paper: every method; why: what keeps each from the optimum;
-    # ablation: what each part of PPO buys
-    quick: bool = False  # one seed of a few settings
-    seeds: int = 3  # runs of every setting
-    workers: int = 0  # runs side by side; 0 = one for each core, or one on CUDA
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; auto = bfloat16 on CUDA only
-    sft: str = ""  # run folder of the SFT policy, if not runs/<dataset>/sft
-    out: str = ""  # folder of the sweep, if not frontier beside the SFT policy
+    dataset: str = "reviews"  # Task: a folder of data/.
+    preset: str = "cpu"  # Kind of machine that the task's sizes are meant for.
 
-    PRESETS: ClassVar[dict] = {("imdb", "cpu"): dict(seeds=1), ("imdb", "gpu"): dict(seeds=3)}
+    # ---- what is run
+    grid: Literal["paper", "why", "ablation"] = "paper"  # paper = every method of the paper's
+    # figure; why = what keeps each from the optimum; ablation = what each part of PPO buys.
+    quick: bool = False  # Run one seed of a few settings.
+    seeds: int = 3  # Runs of every setting.
+    sft: str = ""  # Run folder of the SFT policy, if not runs/<dataset>/sft.
+
+    # ---- how it is run
+    workers: int = 0  # Runs at a time; 0 = one for each core, or one on CUDA.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # Number format of matrix products;
+    # auto = bfloat16 on CUDA.
+    out: str = ""  # Folder of the sweep, if not frontier beside the SFT policy.
 
     def __post_init__(self) -> None:
         require_numbers(self, above_0="seeds", from_0="workers")
-        base = Path(self.sft).parent if self.sft else runs_folder(self.dataset, self.preset)
+        require(not self.quick or "seeds" not in changed(self),
+                "--seeds: not with --quick, which runs one seed")
+        base = runs_of(self.sft) if self.sft else runs_folder(self.dataset, self.preset)
         name = "frontier" if self.grid == "paper" else f"frontier-{self.grid}"
         self.out = self.out or str(base / (f"{name}-quick" if self.quick else name))
 
 
-# The paper's grid (section 6.1): beta of DPO, alpha of Unlikelihood, target KL of PPO; extended downwards, to where the
-# optimum lives. DPO's learning rate moves the KL as much as beta does, so it is in the grid, too, as multiples of the
-# preset's. PPO's first beta is near the one that gives its target in the end. What stands last is what --quick runs.
-PPO_TARGETS = [dict(target_kl=k, beta=round(0.4 / k**0.7, 3)) for k in (1, 2, 3, 6, 9, 12)]
+# ---- the grids -----------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Method:
+    """One method of a grid.
+
+    Its settings are those of its script, and two more, which are multiples of what the task says:
+    lr_factor of the learning rate, prompts_factor of the prompts that pairs are sampled for.
+    """
+    script: ModuleType  # sft, dpo, reinforce or ppo
+    full: list[dict[str, float]]  # its settings, each of which is run with every seed
+    quick: list[dict[str, float]]  # the settings among them that --quick runs
+    fixed: dict[str, Any] = field(default_factory=dict)  # settings that all its runs share
+
+
+def single(script: ModuleType, beta: float, quick: bool = True, **fixed: Any) -> Method:
+    """A method with one setting, for a comparison in which one thing at a time is different."""
+    return Method(script, [dict(beta=beta)], [dict(beta=beta)] if quick else [], fixed)
+
+
+# The paper's grid (section 6.1): beta of DPO, alpha of Unlikelihood, target KL of PPO; extended to
+# smaller KLs, where the optimum lives. DPO's learning rate moves the KL as much as its beta does,
+# and so it is in the grid, too.
+DPO_SETTINGS = [dict(beta=beta) for beta in (0.05, 0.1, 0.3, 1.0, 5.0)]
+DPO_SETTINGS += [dict(beta=beta, lr_factor=factor) for beta in (0.1, 1.0) for factor in (0.25, 4.0)]
+# PPO's beta adapts to the target; it starts near the value that gives this KL in the end.
+PPO_TARGETS = [dict(target_kl=kl, beta=round(0.4 / kl**0.7, 3)) for kl in (1, 2, 3, 6, 9, 12)]
+ALPHAS = [dict(alpha=alpha) for alpha in (0.05, 0.1, 0.5, 1.0)]
 PAPER = {
-    "Preferred-FT": (sft, [dict()], [dict()]),
-    "Unlikelihood": (dpo, [dict(loss="unlikelihood", alpha=a) for a in (0.05, 0.1, 0.5, 1.0)],
-                     [dict(loss="unlikelihood", alpha=0.5)]),
-    "DPO": (dpo, [*(dict(beta=b) for b in (0.05, 0.1, 0.3, 1.0, 5.0)),
-                  *(dict(beta=b, lr=x) for b in (0.1, 1.0) for x in (0.25, 4.0))],
-            [dict(beta=b) for b in (0.1, 1.0)]),
-    "PPO": (ppo, [dict(reward="model", **t) for t in PPO_TARGETS], [dict(reward="model", **t) for t in PPO_TARGETS[2:3]]),
-    "PPO-GT": (ppo, [dict(reward="gold", **t) for t in PPO_TARGETS], [dict(reward="gold", **t) for t in PPO_TARGETS[2:3]]),
+    "Preferred-FT": Method(sft, [dict()], quick=[dict()], fixed=dict(on="chosen")),
+    "Unlikelihood": Method(dpo, ALPHAS, quick=ALPHAS[2:3], fixed=dict(loss="unlikelihood")),
+    "DPO": Method(dpo, DPO_SETTINGS, quick=[dict(beta=0.1), dict(beta=1.0)]),
+    "PPO": Method(ppo, PPO_TARGETS, quick=PPO_TARGETS[2:3]),
+    "PPO-GT": Method(ppo, PPO_TARGETS, quick=PPO_TARGETS[2:3], fixed=dict(reward="gold")),
 }
-# Why the others fall short of PPO-GT: one difference at a time. More pairs; labels without noise; the same pairs through a
-# reward model, so that the responses are the policy's own.
-MORE = 16_000  # prompts, ten times as many as the preset's
+
+# Why the others fall short of PPO-GT, one difference at a time: more pairs; labels without noise;
+# the same pairs through a reward model, so that the responses are the policy's own.
 WHY = {
-    "DPO": (dpo, [dict(beta=0.5)], [dict(beta=0.5)]),
-    "DPO, 10x pairs": (dpo, [dict(beta=0.5, prompts=MORE, evaluate_every=250)], []),
-    "DPO, noise-free labels": (dpo, [dict(beta=0.5, labels="argmax")], [dict(beta=0.5, labels="argmax")]),
-    "PPO": (ppo, [dict(beta=0.15)], [dict(beta=0.15)]),
-    "PPO, 10x pairs": (ppo, [dict(beta=0.15, prompts=MORE)], []),
-    "PPO-GT": (ppo, [dict(beta=0.15, reward="gold")], [dict(beta=0.15, reward="gold")]),
+    "DPO": single(dpo, 0.5),
+    "DPO, 10x pairs": single(dpo, 0.5, quick=False, prompts_factor=10, evaluate_every=250),
+    "DPO, noise-free labels": single(dpo, 0.5, labels="argmax"),
+    "PPO": single(ppo, 0.15),
+    "PPO, 10x pairs": single(ppo, 0.15, quick=False, prompts_factor=10),
+    "PPO-GT": single(ppo, 0.15, reward="gold"),
 }
-# What each part of PPO buys, on the gold reward: from REINFORCE with a baseline, one part after the other.
-GT = dict(beta=0.15, reward="gold")
+
+# What each part of PPO buys, on the gold reward: from REINFORCE without a baseline on, one part
+# after the other.
+GOLD = dict(reward="gold")
 ABLATION = {
-    "REINFORCE, leave-one-out": (ppo, [dict(**GT, advantages="leave-one-out", samples=4, epochs=1)], []),
-    "REINFORCE, value network": (ppo, [dict(**GT, epochs=1)], []),
-    "PPO": (ppo, [GT], [GT]),
-    "PPO, no clipping": (ppo, [dict(**GT, clip=1e6, value_clip=1e6)], []),
-    "PPO, lam 0.95": (ppo, [dict(**GT, lam=0.95)], []),
-    "PPO, 4 epochs": (ppo, [dict(**GT, epochs=4)], []),
+    "REINFORCE, no baseline": single(reinforce, 0.15, quick=False, **GOLD, baseline="none"),
+    "REINFORCE, leave-one-out": single(reinforce, 0.15, **GOLD),
+    "REINFORCE, value network": single(ppo, 0.15, quick=False, **GOLD, epochs=1),
+    "PPO": single(ppo, 0.15, **GOLD),
+    "PPO, no clipping": single(ppo, 0.15, quick=False, **GOLD, clip=1e6, value_clip=1e6),
+    "PPO, lam 0.95": single(ppo, 0.15, quick=False, **GOLD, lam=0.95),
+    "PPO, 4 epochs": single(ppo, 0.15, quick=False, **GOLD, epochs=4),
 }
 GRIDS = {"paper": PAPER, "why": WHY, "ablation": ABLATION}
 
 
-def plan(config: Config, base: Path) -> list[Planned]:
-    """Every run of the sweep, in an order that can be stopped anywhere: the first seed first, of it what --quick runs, and
-    then a setting of each method in turn."""
-    methods = GRIDS[config.grid].items()
-    order = [(method, module, settings) for method, (module, _, quick) in methods for settings in quick]
+# ---- what is run ---------------------------------------------------------------------------------
+
+def plan(config: Config) -> list[PlannedRun]:
+    """Every run of the sweep. It can be stopped anywhere: the first seed comes first, of that what
+    --quick runs, and then a setting of each method in turn."""
+    methods = GRIDS[config.grid]
+    order = [(name, own) for name, method in methods.items() for own in method.quick]
     if not config.quick:
-        left = [[(method, module, settings) for settings in whole if settings not in quick]
-                for method, (module, whole, quick) in methods]
-        order += [one for turn in zip_longest(*left) for one in turn if one]
-    planned = []
-    for seed in range(1 if config.quick else config.seeds):
-        for method, module, settings in order:
-            if "lr" in settings:
-                settings = settings | {"lr": settings["lr"] * defaults(module.Config, config.dataset, config.preset).lr}
-            setting = ", ".join(f"{name.replace('_', ' ')} {settings[name]:g}" for name in NAMED if name in settings
-                                and not (name == "beta" and "target_kl" in settings)) or "default"
-            folder = Path(config.out) / f"{method}-{setting}-seed{seed}".lower().replace(", ", "-").replace(" ", "")
-            pairs = defaults(dpo.Config, config.dataset, config.preset).labels
-            more = dict(sft=config.sft) if module is not sft else dict(
-                on="chosen", init=config.sft or str(base / "sft"), pairs=str(base / f"pairs-{pairs}" / "pairs.jsonl"))
-            settings = {"evaluate_every": EVERY[config.dataset in ("imdb", "tldr"), module.__name__], **settings, **more,
-                        "seed": seed, "dtype": config.dtype, "resume": True, "out": str(folder)}
-            planned.append(Planned(method, setting, seed, module.__name__,
-                                   defaults(module.Config, config.dataset, config.preset, **settings)))
-    return planned
+        left = [[(name, own) for own in method.full if own not in method.quick]
+                for name, method in methods.items()]
+        for turn in zip_longest(*left):
+            order += [one for one in turn if one]
+    seeds = 1 if config.quick else config.seeds
+    return [plan_run(config, name, own, seed) for seed in range(seeds) for name, own in order]
 
 
-# ---- what came of it ---------------------------------------------------------------------------------------------------
+def plan_run(config: Config, name: str, own: dict[str, float], seed: int) -> PlannedRun:
+    """The run of one setting of a method.
 
-def collect(planned: list[Planned]) -> list[dict]:
-    """One row an evaluation of every run: method, setting, seed, step, and what was measured."""
+    Args:
+        own: the setting, one of those in GRIDS[config.grid][name].
+    """
+    method = GRIDS[config.grid][name]
+    script = method.script.Config
+    preset = tasks.load_preset(config.dataset, config.preset)
+    values = {**method.fixed, **own}
+
+    # the two multiples of what the task says become numbers
+    lr_factor = values.pop("lr_factor", None)
+    if "prompts_factor" in values:
+        values["prompts"] = values.pop("prompts_factor") * preset.pair_prompts
+
+    # the SFT policy is what Preferred-FT starts from, and the reference of all the others
+    policy = dict(init=config.sft) if method.script is sft else dict(sft=config.sft)
+    every = preset.evaluate_every[script_of(script).stem]
+    run = script(**{"dataset": config.dataset, "preset": config.preset, "dtype": config.dtype,
+                    "evaluate_every": every, **policy, **values, "seed": seed, "resume": True})
+    setting = {key: value for key, value in own.items() if key != "lr_factor"}
+    if lr_factor:
+        run.lr *= lr_factor
+        setting["lr"] = values["lr"] = run.lr
+
+    # a folder that is named by all settings: when a grid is changed, it does not meet older runs
+    named = [key for key in values if key not in ("on", *ROUNDING_ONLY)]
+    slug = re.sub(r"\W+", "-", name.lower())
+    folder = Path(run_folder(run, slug, always=(*named, "seed"), never=("init",)))
+    run.out = str(Path(config.out) / folder.name)
+    return PlannedRun(name, shown(setting), seed, run)
+
+
+def shown(setting: dict[str, float]) -> str:
+    """A setting as tables show it: "beta 0.1, lr 0.0008"."""
+    parts = []
+    for name, value in setting.items():
+        if name == "beta" and "target_kl" in setting:
+            continue  # only where it starts
+        value = value if isinstance(value, str) else f"{value:g}"
+        parts.append(f"{name.replace('_', ' ')} {value}")
+    return ", ".join(parts) or "default"
+
+
+# ---- what the runs have measured -----------------------------------------------------------------
+
+Paths = dict[str, dict[int, list[dict]]]  # setting -> seed -> the evaluations of one run, in order
+
+
+def collect(runs: list[PlannedRun]) -> list[dict]:
+    """One row for each evaluation of every run: what was run, and what was measured."""
     rows = []
-    for run in planned:
-        log = read_jsonl(Path(run.config.out) / "log.jsonl", {"step": int})
-        cost = next(row for row in reversed(log) if "seconds" in row)
-        rows += [{"method": run.method, "setting": run.setting, "seed": run.seed, "step": row["step"],
-                  **{name.removeprefix("eval_"): value for name, value in row.items() if name.startswith("eval_")},
-                  **{name: getattr(run.config, name, None) for name in ("beta", "lr")},
-                  "last": row["step"] == cost["step"], "seconds": cost["seconds"], "samples": cost.get("samples", 0),
-                  "reward_calls": cost.get("reward_calls", 0)} for row in log if "eval_reward" in row]
+    for run in runs:
+        config = run.config
+        choice = [name for name in ("dataset", "preset", "on") if hasattr(config, name)]
+        usual = defaults_of(type(config), **{name: getattr(config, name) for name in choice})["lr"]
+        log = finished_log(run)
+        end = log[-1]
+        for evaluation in log:
+            if "eval_reward" not in evaluation:
+                continue
+            measured = {name.removeprefix("eval_"): value for name, value in evaluation.items()
+                        if name.startswith("eval_")}
+            rows.append({"method": run.method,
+                         "setting": run.setting,
+                         "seed": run.seed,
+                         "step": evaluation["step"],
+                         **measured,
+                         "beta": getattr(config, "beta", None),
+                         "lr": config.lr,
+                         "lr_factor": config.lr / usual,
+                         "last": evaluation["step"] == end["step"],
+                         "seconds": end["seconds"],
+                         "samples": end.get("samples", 0),
+                         "reward_calls": end.get("reward_calls", 0)})
     return rows
 
 
+def with_lr_factor(rows: list[dict]) -> list[dict]:
+    """Rows as `collect` makes them now. Those of older sweeps have no lr_factor: there, the usual
+    learning rate of a method is the one that most of its settings have."""
+    lrs = {(row["method"], row["setting"]): row.get("lr") for row in rows}
+    usual = {}
+    for method in {method for method, _ in lrs}:
+        own = [lr for (name, _), lr in lrs.items() if name == method]
+        usual[method] = Counter(own).most_common(1)[0][0]
+    return [{"lr_factor": row["lr"] / usual[row["method"]], **row} for row in rows]
+
+
+def by_method(rows: list[dict]) -> dict[str, Paths]:
+    """The paths of every run of each method."""
+    found: dict[str, Paths] = {}
+    for row in with_lr_factor(rows):
+        seeds = found.setdefault(row["method"], {}).setdefault(row["setting"], {})
+        seeds.setdefault(row["seed"], []).append(row)
+    return found
+
+
 def reward_at(path: list[dict], kl: float) -> float | None:
-    """The reward of one run at this KL: on the line between the two evaluations between which it was last crossed."""
+    """The reward of one run where it last crossed this KL, on the line between the evaluations
+    before and after that; None if it never did."""
     for a, b in reversed(list(zip(path, path[1:]))):
-        if min(a["kl"], b["kl"]) <= kl <= max(a["kl"], b["kl"]) and a["kl"] != b["kl"]:
+        low, high = sorted((a["kl"], b["kl"]))
+        if low <= kl <= high and low < high:
             return a["reward"] + (b["reward"] - a["reward"]) * (kl - a["kl"]) / (b["kl"] - a["kl"])
     return None
 
 
-def best_at(runs: dict[str, dict[int, list[dict]]], kl: float) -> tuple[float, float, str] | None:
-    """Reward at this KL, its standard error over seeds, and the setting: the best of those whose every seed got there.
+class Best(NamedTuple):
+    """The best setting of a method at some KL."""
+    reward: float  # mean over seeds
+    se: float  # its standard error; nan for one seed
+    setting: str
 
-    Beside the settings' own paths there is, for each seed, the line from the reference through the settings' ends.
+
+def best_at(paths: Paths, kl: float) -> Best | None:
+    """The best at this KL of all settings whose every seed got there, the line between them too."""
+    candidates = {**paths, "between settings": between_settings(paths)}
+    found = []
+    for setting, seeds in candidates.items():
+        rewards = [reward_at(path, kl) for path in seeds.values()]
+        if rewards and None not in rewards:
+            found.append(Best(*mean_se(rewards), setting))
+    return max(found, key=lambda best: best.reward, default=None)
+
+
+def between_settings(paths: Paths) -> dict[int, list[dict]]:
+    """For each seed the line from the reference through the ends of the runs, in order of their KL.
+
+    Runs with another learning rate than the usual one are left out: their ends lie elsewhere.
     """
-    found, ends = [], {}
-    for paths in (paths for setting, paths in runs.items() if "lr" not in setting):
-        for seed, path in paths.items():
-            ends.setdefault(seed, [path[0]]).append(path[-1])
-    between = {seed: sorted(rows, key=lambda row: row["kl"]) for seed, rows in ends.items()}
-    for setting, paths in [*runs.items(), ("between settings", between)]:
-        values = [reward_at(path, kl) for path in paths.values()]
-        if values and None not in values:
-            found.append((*mean_se(values), setting))
-    return max(found, default=None)
+    points: dict[int, list[dict]] = {}
+    for seeds in paths.values():
+        for seed, path in seeds.items():
+            if path[0]["lr_factor"] == 1:
+                points.setdefault(seed, [path[0]]).append(path[-1])
+    return {seed: sorted(own, key=lambda row: row["kl"]) for seed, own in points.items()}
 
 
-def by_run(rows: list[dict]) -> dict[str, dict[str, dict[int, list[dict]]]]:
-    """rows[method][setting][seed] = the evaluations of one run, in order."""
-    runs: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for row in rows:
-        runs[row["method"]][row["setting"]][row["seed"]].append(row)
-    return runs
+def envelope(paths: Paths, kls: list[float]) -> list[tuple[float, Best]]:
+    """The best that a method reached at each KL or below it, up to the largest KL that it reached.
+
+    It cannot fall. Read at exactly a KL, the best reward goes up and down with the settings that
+    happen to cross there, which is not what the method can do with that much KL.
+    """
+    line: list[tuple[float, Best]] = []
+    for kl in kls:
+        best = best_at(paths, kl)
+        if best is None:
+            continue
+        if line and line[-1][1].reward > best.reward:
+            best = line[-1][1]
+        line.append((kl, best))
+    return line
 
 
-def table(rows: list[dict], bank: evaluate.Bank) -> list[dict]:
-    """A row a method: reward and share of the optimum at each of KLS and at the end of the setting with the largest reward,
-    whose length and cost it gives, too."""
-    curve, ref_reward = evaluate.frontier(bank.rewards), bank.rewards.mean().item()
-    lines = []
+# ---- the table -----------------------------------------------------------------------------------
 
-    def at(kl: float, reward: float, error: float, setting: str) -> dict[str, Any]:
-        best, known = evaluate.optimal_reward(curve, kl)
-        gain = max(best - ref_reward, 1e-9)
-        return {"reward": reward, "se": error, "setting": setting, "share": (reward - ref_reward) / gain,
-                "share_se": error / gain, "known": known}
+@dataclass
+class Cell:
+    """A reward at a KL, and what share that is of the gain that the optimum has there."""
+    reward: float
+    se: float
+    share: float
+    share_se: float
+    known: bool  # False: the optimum at this KL is known from below only, and the share from above
 
-    for method, runs in by_run(rows).items():
-        line: dict[str, Any] = {"method": method}
+
+@dataclass
+class Line:
+    """A line of the table."""
+    kind: Literal["method", "best of n"]
+    name: str
+    at: dict[float, Cell]  # KL -> the reward there, for a method with several settings
+    # of the setting that ends with the largest reward; best of n has none
+    setting: str = ""
+    end: Cell | None = None
+    kl: float = 0.0
+    kl_se: float = 0.0
+    length: float = 0.0  # tokens of a response
+    seconds: float = 0.0  # of one run; the median over seeds, as a machine may sleep for a while
+    samples: float = 0.0  # responses that one run draws
+    reward_calls: float = 0.0
+
+
+class Scale:
+    """The optimal curve of a bank, by which rewards are measured."""
+
+    def __init__(self, bank: evaluate.Bank):
+        self.curve = evaluate.optimal_curve(bank.rewards)
+        self.reference = bank.rewards.mean().item()  # reward of the reference policy
+
+    def cell(self, kl: float, reward: float, se: float) -> Cell:
+        best, known = evaluate.optimal_reward(self.curve, kl)
+        gain = max(best - self.reference, 1e-9)
+        return Cell(reward, se, (reward - self.reference) / gain, se / gain, known)
+
+
+def table(rows: list[dict], bank: evaluate.Bank) -> list[Line]:
+    """A line for each method, and one for best of n."""
+    scale = Scale(bank)
+    lines = [method_line(method, paths, scale) for method, paths in by_method(rows).items()]
+    return [*lines, best_of_n_line(bank, scale)]
+
+
+def method_line(method: str, paths: Paths, scale: Scale) -> Line:
+    """Reward and share of the optimum at each of KLS, and where the setting that ends best ends."""
+    line = Line("method", method, {})
+    if len(paths) > 1:  # a single setting passes KLs for which it was not made
         for kl in KLS:
-            if best := best_at(runs, kl):
-                line[f"at {kl:g}"] = at(kl, *best)
-        ends = {setting: [path[-1] for path in paths.values()] for setting, paths in runs.items()}
-        setting = max(ends, key=lambda s: mean_se([row["reward"] for row in ends[s]])[0])
-        for name in ("reward", "kl", "length", "seconds", "samples", "reward_calls"):
-            line[name], line[f"{name}_se"] = mean_se([row[name] for row in ends[setting]])
-        lines.append(line | {"setting": setting, "end": at(line["kl"], line["reward"], line["reward_se"], setting)})
-    # best of n: the reward at a KL no larger than its bound, which the bank gives for every n
-    N = bank.rewards.shape[1]
-    line = {"method": "best of n"}
+            if best := best_at(paths, kl):
+                line.at[kl] = scale.cell(kl, best.reward, best.se)
+
+    ends = {setting: [path[-1] for path in seeds.values()] for setting, seeds in paths.items()}
+
+    def over_seeds(setting: str, name: str) -> tuple[float, float]:
+        return mean_se([row[name] for row in ends[setting]])
+
+    line.setting = max(ends, key=lambda setting: over_seeds(setting, "reward")[0])
+    line.kl, line.kl_se = over_seeds(line.setting, "kl")
+    line.end = scale.cell(line.kl, *over_seeds(line.setting, "reward"))
+    line.seconds = statistics.median(row["seconds"] for row in ends[line.setting])
+    for name in ("length", "samples", "reward_calls"):
+        setattr(line, name, over_seeds(line.setting, name)[0])
+    return line
+
+
+def best_of_n_line(bank: evaluate.Bank, scale: Scale) -> Line:
+    """Best of n at each KL, with the largest n whose KL is known to be no larger."""
+    line = Line("best of n", "best of n", {})
+    largest = bank.rewards.shape[1] // 4  # of more, a bank says too little
     for kl in KLS:
-        n = max((n for n in range(1, N // 4 + 1) if evaluate.best_of_n_kl(n) <= kl), default=1)
-        if n < N // 4:
-            per_prompt = (evaluate.best_of_n_weights(bank.rewards, n) * bank.rewards).sum(1)
-            line[f"at {kl:g}"] = at(kl, *evaluate.mean_and_error(per_prompt), f"n = {n}")
-    return lines + [line]
+        fit = [n for n in range(1, largest + 1) if evaluate.best_of_n_kl(n) <= kl]
+        if fit and fit[-1] < largest:
+            weights = evaluate.best_of_n_weights(bank.rewards, fit[-1])
+            per_prompt = (weights * bank.rewards).sum(1)
+            line.at[kl] = scale.cell(kl, *mean_se(per_prompt))
+    return line
 
 
-def markdown(lines: list[dict], bank: evaluate.Bank) -> str:
-    """The table as it stands in the README."""
-    def number(value: float, error: float, form: str) -> str:
-        return f"{value:{form}}" + ("" if math.isnan(error) else f" ± {error:{form}}")
-
-    def share(at: dict) -> str:
-        error = "" if math.isnan(at["share_se"]) else f" ± {100 * at['share_se']:.0f}"
-        return f"({'' if at['known'] else '≤ '}{at['share']:.0%}{error})"
-
-    def cell(line: dict, kl: float) -> str:
-        at = line.get(f"at {kl:g}")
-        return f"{number(at['reward'], at['se'], '.3f')} {share(at)}" if at else ""
-
-    curve = evaluate.frontier(bank.rewards)
-    optimum = [evaluate.optimal_reward(curve, kl) for kl in KLS]
-    text = ("| | " + " | ".join(f"at {kl:g} nat{'s' if kl > 1 else ''}" for kl in KLS)
-            + " | largest reward | its KL | length | seconds | sampled | scored |\n" + "|---" * (len(KLS) + 7) + "|\n")
+def markdown(lines: list[Line], bank: evaluate.Bank) -> str:
+    """The table as it stands in the README. Where no method has several settings there are no
+    columns for the KLs, and so no line for best of n."""
+    kls = KLS if any(line.at for line in lines if line.kind == "method") else ()
+    head = [*(f"at {kl:g} nat{'s' if kl > 1 else ''}" for kl in kls),
+            "largest reward", "its KL", "length", "seconds", "sampled", "scored"]
+    text = "| | " + " | ".join(head) + " |\n" + "|---" * (1 + len(head)) + "|\n"
     for line in lines:
-        text += f"| {line['method']} | " + " | ".join(cell(line, kl) for kl in KLS)
-        if "reward" in line:
-            text += (f" | {number(line['reward'], line['reward_se'], '.3f')} ({line['setting']}) | "
-                     f"{number(line['kl'], line['kl_se'], '.2f')} {share(line['end'])} | {line['length']:.1f} | {line['seconds']:.0f} | "
-                     f"{line['samples']:.0f} | {line['reward_calls']:.0f} |\n")
-        else:
-            text += " | | | | | | |\n"
-    text += "| **optimum** | " + " | ".join(f"{'' if known else '≥ '}{reward:.3f}" for reward, known in optimum)
-    return text + f" | {curve[-1]['reward']:.3f} | {curve[-1]['kl']:.2f} | | | | |\n"
+        at = [f"{number(line.at[kl].reward, line.at[kl].se, '.3f')} {share(line.at[kl])}"
+              if kl in line.at else "" for kl in kls]
+        if line.kind == "method":
+            end = line.end
+            text += "| " + " | ".join(
+                [line.name, *at,
+                 f"{number(end.reward, end.se, '.3f')} ({line.setting})",
+                 f"{number(line.kl, line.kl_se, '.2f')} {share(end)}",
+                 f"{line.length:.1f}", f"{line.seconds:.0f}",
+                 f"{line.samples:.0f}", f"{line.reward_calls:.0f}"]) + " |\n"
+        elif kls:
+            text += "| " + " | ".join([line.name, *at]) + " | | | | | | |\n"
+
+    curve = evaluate.optimal_curve(bank.rewards)
+    optimum = ["**optimum**"]
+    for kl in kls:
+        reward, known = evaluate.optimal_reward(curve, kl)
+        optimum.append(f"{'' if known else '≥ '}{reward:.3f}")
+    optimum += [f"{curve[-1]['reward']:.3f}", f"{curve[-1]['kl']:.2f}"]
+    return text + "| " + " | ".join(optimum) + " | | | | |\n"
 
 
-def compare(lines: list[dict]) -> str:
-    """The paper's claim, DPO above PPO and PPO-GT at every KL, beside what was measured: the difference and its error."""
-    at = {line["method"]: line for line in lines}
+def plus_minus(error: float, form: str) -> str:
+    """" ± 0.005"; one seed has no error."""
+    return "" if math.isnan(error) else f" ± {error:{form}}"
+
+
+def number(value: float, error: float, form: str) -> str:
+    """0.739 ± 0.005"""
+    return f"{value:{form}}{plus_minus(error, form)}"
+
+
+def share(cell: Cell) -> str:
+    """(62% ± 2), or (≤ 75% ± 1) where the optimum is known from below only."""
+    bound = "" if cell.known else "≤ "
+    return f"({bound}{cell.share:.0%}{plus_minus(100 * cell.share_se, '.0f')})"
+
+
+def compare(lines: list[Line]) -> str:
+    """What the paper claims, DPO above PPO and PPO-GT at every KL, as differences with errors.
+
+    Only methods with several settings have a reward at a KL.
+    """
+    at = {line.name: line.at for line in lines if line.kind == "method"}
     text = ""
     for other in ("PPO", "PPO-GT"):
         for kl in KLS:
-            a, b = (at.get(method, {}).get(f"at {kl:g}") for method in ("DPO", other))
-            if a and b:
-                error = math.hypot(a["se"], b["se"])
-                text += (f"DPO - {other} at {kl:g} nats: {a['reward'] - b['reward']:+.3f}"
-                         + ("" if math.isnan(error) else f" ± {error:.3f}") + "\n")
+            if kl in at.get("DPO", {}) and kl in at.get(other, {}):
+                a, b = at["DPO"][kl], at[other][kl]
+                error = plus_minus(math.hypot(a.se, b.se), ".3f")
+                text += f"DPO - {other} at {kl:g} nats: {a.reward - b.reward:+.3f}{error}\n"
     return text
 
 
+# ---- the figure ----------------------------------------------------------------------------------
+
 def draw(rows: list[dict], bank: evaluate.Bank, dataset: str, folder: Path) -> None:
-    """Left: the KLs where the optimum lives. Right: all of them. Every evaluation is a point, a method's best a line; of a
-    method with one setting the end is a square."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    curve, runs = evaluate.frontier(bank.rewards), by_run(rows)
-    colors = {method: plt.get_cmap("tab10")(i % 10) for i, method in enumerate(runs)}
-    ends = defaultdict(lambda: defaultdict(list))  # beta -> learning rate -> the KLs at which DPO's runs end
+    """Left: the KLs where the optimum lives. Middle: all of them. Right: what DPO's learning rate
+    does, if it was varied. Every evaluation is a point."""
+    methods = by_method(rows)
+    rates = learning_rates(rows)
+    widths = (5, 5, 3) if rates else (5, 5)
+    each = 1.3 * sum(widths) / len(widths)  # inches
+    with figure(folder / "frontier.png", len(widths), each, 5.2, ("png", "svg"),
+                width_ratios=widths) as (_, axes):
+        for axis, limit in zip(axes, (4.0, 1.05 * max(row["kl"] for row in rows))):
+            draw_bounds(axis, bank, limit)
+            for i, (method, paths) in enumerate(methods.items()):
+                draw_method(axis, method, paths, f"C{i}", limit)
+            axis.set(xlabel=r"KL$(\pi \,\|\, \pi_{ref})$, nats per response",
+                     xlim=(-0.02 * limit, limit))
+        axes[0].set(ylabel="gold reward", title=f"{dataset}: where the optimum lives")
+        axes[1].set(title="all evaluations")
+        axes[1].legend(loc="lower right")
+        if rates:
+            draw_learning_rates(axes[2], rates)
+
+
+def draw_bounds(axis, bank: evaluate.Bank, limit: float) -> None:
+    """The optimum as far as the bank shows it, then the largest reward there is; and best of n."""
+    curve = evaluate.optimal_curve(bank.rewards)
+    axis.plot([p["kl"] for p in curve], [p["reward"] for p in curve], color="black", linewidth=2,
+              label=r"optimum $\pi_{ref}\, e^{r/\beta} / Z$")
+    axis.plot([curve[-1]["kl"], limit], [1, 1], ":", color="black", linewidth=1)
+    kls, rewards = [], []
+    for n in (1, 2, 4, 8, 16, 32, 64):
+        if n <= bank.rewards.shape[1] // 4:
+            weights = evaluate.best_of_n_weights(bank.rewards, n)
+            kls.append(evaluate.best_of_n_kl(n))
+            rewards.append((weights * bank.rewards).sum(1).mean().item())
+    axis.plot(kls, rewards, "o--", color="gray", markersize=4, label="best of n (bound on its KL)")
+
+
+def draw_method(axis, method: str, paths: Paths, color: str, limit: float) -> None:
+    """Every evaluation; and the best setting as a line, with its standard error around it. Of a
+    method with one setting the path of every seed, and a square where they end on average."""
+    runs = [path for seeds in paths.values() for path in seeds.values()]
+    for path in runs:
+        axis.plot([row["kl"] for row in path], [row["reward"] for row in path], ".", color=color,
+                  markersize=3, alpha=0.35)
+    if len(paths) == 1:
+        for path in runs:
+            axis.plot([row["kl"] for row in path], [row["reward"] for row in path], color=color,
+                      linewidth=0.6)
+        kl, kl_se = mean_se([path[-1]["kl"] for path in runs])
+        reward, reward_se = mean_se([path[-1]["reward"] for path in runs])
+        axis.errorbar(kl, reward, reward_se, kl_se, "s", color=color, markersize=7,
+                      markeredgecolor="black", label=method)
+        return
+    line = envelope(paths, [limit * i / 100 for i in range(101)])
+    kls = [kl for kl, _ in line]
+    axis.plot(kls, [best.reward for _, best in line], color=color, linewidth=1.6,
+              label=f"{method}, best setting")
+    low = [best.reward - best.se for _, best in line]  # nan for one seed: nothing is filled
+    high = [best.reward + best.se for _, best in line]
+    axis.fill_between(kls, low, high, color=color, alpha=0.2, linewidth=0)
+
+
+def learning_rates(rows: list[dict]) -> dict[float, dict[float, float]]:
+    """beta -> learning rate -> the KL at which DPO's runs end, for each beta with several rates."""
+    kls: dict[float, dict[float, list[float]]] = {}
     for row in rows:
         if row["method"] == "DPO" and row["last"]:
-            ends[row["beta"]][row["lr"]].append(row["kl"])
-    ends = {beta: by_lr for beta, by_lr in sorted(ends.items()) if len(by_lr) > 1}
-    widths = (5, 5, 3) if ends else (5, 5)
-    figure, axes = plt.subplots(1, len(widths), figsize=(1.3 * sum(widths), 5.2), layout="constrained", width_ratios=widths)
-    best = [(evaluate.best_of_n_kl(n), (evaluate.best_of_n_weights(bank.rewards, n) * bank.rewards).sum(1).mean().item())
-            for n in (1, 2, 4, 8, 16, 32, 64) if n <= bank.rewards.shape[1] // 4]
-    for axis, limit in zip(axes[:2], (4.0, 1.05 * max(row["kl"] for row in rows))):
-        axis.plot([p["kl"] for p in curve], [p["reward"] for p in curve], color="black", linewidth=2,
-                  label=r"optimum $\pi_{ref}\, e^{r/\beta} / Z$")
-        axis.plot([curve[-1]["kl"], limit], [1, 1], ":", color="black", linewidth=1)
-        axis.plot(*zip(*best), "o--", color="gray", markersize=4, label="best of n (bound on its KL)")
-        for method, settings in runs.items():
-            points = [row for row in rows if row["method"] == method]
-            axis.plot([p["kl"] for p in points], [p["reward"] for p in points], ".", color=colors[method], markersize=3,
-                      alpha=0.35)
-            if len(settings) == 1:  # no best of several: where each seed went, and where they ended
-                paths = next(iter(settings.values())).values()
-                for path in paths:
-                    axis.plot([p["kl"] for p in path], [p["reward"] for p in path], color=colors[method], linewidth=0.6)
-                (x, dx), (y, dy) = (mean_se([path[-1][name] for path in paths]) for name in ("kl", "reward"))
-                axis.errorbar(x, y, dy, dx, "s", color=colors[method], markersize=7, markeredgecolor="black", label=method)
-                continue
-            grid = [limit * i / 100 for i in range(101)]
-            line = [(kl, *found[:2]) for kl in grid if (found := best_at(settings, kl))]
-            if line:
-                kl, reward, error = (torch.tensor(x) for x in zip(*line))
-                axis.plot(kl, reward, color=colors[method], linewidth=1.6, label=method)
-                if not error.isnan().any():
-                    axis.fill_between(kl, reward - error, reward + error, color=colors[method], alpha=0.2, linewidth=0)
-        axis.set(xlabel=r"KL$(\pi \,\|\, \pi_{ref})$, nats per response", xlim=(-0.02 * limit, limit))
-    axes[0].set(ylabel="gold reward", title=f"{dataset}: where the optimum lives")
-    axes[1].set(title="all evaluations")
-    axes[1].legend(loc="lower right")
-    for beta, by_lr in ends.items():
-        axes[2].plot(*zip(*((lr, sum(kls) / len(kls)) for lr, kls in sorted(by_lr.items()))), "o-", label=f"beta {beta:g}")
-    if ends:
-        axes[2].set(xscale="log", yscale="log", xlabel="learning rate", ylabel="KL at the end, nats per response",
-                    title="DPO: the learning rate moves the KL, too")
-        axes[2].xaxis.set_minor_formatter(plt.NullFormatter())
-        axes[2].legend()
-    for suffix in ("png", "svg"):
-        figure.savefig(folder / f"frontier.{suffix}", dpi=150)
-    plt.close(figure)
+            kls.setdefault(row["beta"], {}).setdefault(row["lr"], []).append(row["kl"])
+    return {beta: {lr: mean_se(own)[0] for lr, own in sorted(by_lr.items())}
+            for beta, by_lr in sorted(kls.items()) if len(by_lr) > 1}
 
+
+def draw_learning_rates(axis, rates: dict[float, dict[float, float]]) -> None:
+    from matplotlib.ticker import NullFormatter
+    for beta, by_lr in rates.items():
+        axis.plot(list(by_lr), list(by_lr.values()), "o-", label=f"beta {beta:g}")
+    axis.set(xscale="log", yscale="log", xlabel="learning rate",
+             ylabel="KL at the end, nats per response",
+             title="DPO: the learning rate moves the KL, too")
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.legend()
+
+
+# ---- main ----------------------------------------------------------------------------------------
 
 def main(config: Config) -> None:
     """Build what is missing, run what is not finished, and write rows, table and figure."""
-    # ---- 1) what all runs share, so that no two of them build it at once -----------------------------------------------
-    sft_folder = sft.ensure(config.sft, config.dataset, config.preset, config.dtype)
-    base = sft_folder.parent
-    planned = plan(config, base)
-    ref, _ = load_run(sft_folder)
-    tokenizer, weights = Tokenizer.load(sft_folder / "tokenizer.tiktoken"), fingerprint(ref.state_dict())
-    gold = reward_model.ensure_gold(sft_folder, config.dataset, config.preset, config.dtype)
-    for run in planned:
-        if run.script != "ppo":
-            labels = getattr(run.config, "labels", defaults(dpo.Config, config.dataset, config.preset).labels)
-            ensure_pairs(base, config.dataset, config.preset, labels, ref, tokenizer, weights, gold,
-                         getattr(run.config, "prompts", 0))
-        elif run.config.reward == "model":
-            ppo.learned_reward(run.config)
-    bank = evaluate.ensure_bank(base, config.dataset, config.preset, ref, tokenizer, weights, gold)
-
-    # ---- 2) the runs -------------------------------------------------------------------------------------------------
+    # ---- 1) what all runs share; mistakes are named before any of it is built --------------------
     folder = Path(config.out)
-    stopped = False
-    try:
-        run_all(planned, config.workers or (1 if device().type == "cuda" else os.cpu_count() or 1), folder, weights)
-    except KeyboardInterrupt:  # hours of work may be there
-        there = [run for run in planned if finished(run.config)]
-        if not there:
-            raise
-        print(f"\nstopped: table and figure are of the {len(there)} of {len(planned)} runs that are finished")
-        planned, stopped = there, True
+    check_writable(folder)
+    planned = plan(config)
+    for run in planned:
+        check_folder(run.config)
+    sft_folder = pipeline.sft_policy(config.sft, config.dataset, config.preset, config.dtype)
+    start = pipeline.load(sft_folder, config.dataset, config.preset, config.dtype)
+    start.gold = pipeline.gold_reward(start)
+    bank = pipeline.sample_bank(start)
+    planned = with_sources(planned, start)
 
-    # ---- 3) rows, table, figure --------------------------------------------------------------------------------------
+    # ---- 2) the runs -----------------------------------------------------------------------------
+    runs, stopped = run_all(planned, folder, config.workers)
+    if not runs:
+        sys.exit(STOPPED)
+
+    # ---- 3) rows, table, figure; printed when all of it is written -------------------------------
     methods = list(GRIDS[config.grid])
-    rows = collect(sorted(planned, key=lambda run: methods.index(run.method)))
-    write_jsonl(folder / "results.jsonl", rows)
+    rows = collect(sorted(runs, key=lambda run: methods.index(run.method)))
     lines = table(rows, bank)
     text = markdown(lines, bank)
-    text += f"\nGold reward: {bank.gold}.\n" if bank.gold != evaluate.Bank.gold else ""
-    atomic_write(folder / "table.md", (text + "\n" + compare(lines)).encode())
-    print(f"\n{text}\n{compare(lines)}")
+    if bank.gold != evaluate.Bank.gold:
+        text += f"\nGold reward: {bank.gold}.\n"
+    if differences := compare(lines):
+        text += f"\n{differences}"
+    write_jsonl(folder / "results.jsonl", rows)
+    atomic_write(folder / "table.md", text.encode())
     draw(rows, bank, config.dataset, folder)
-    print(f"rows, table and figure  ->  {folder}")
+    print(f"\n{text}\nrows, table and figure  ->  {folder}")
     if stopped:
-        sys.exit(130)
+        sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

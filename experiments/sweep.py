@@ -1,111 +1,203 @@
-"""Run many commands of this repository, a few at a time, so that a sweep can be stopped and started again at any moment.
+"""Run many commands of this repository, a few at a time, and go on with them after any stop.
 
-Every run is a plain command (`python dpo.py ...`), printed as it starts, in a process of its own: on a CPU one for each
-core with one thread each, which is faster than one run on all of them. A run that is finished is not run again, one that
-was stopped goes on from its checkpoint, one that was made with other settings stops the sweep and is named.
+    planned = with_sources(planned, start)
+    done, stopped = run_all(planned, folder)    # python dpo.py --beta 0.1, python ppo.py, ...
+
+Every run is a plain command in a process of its own, printed as it starts. On a CPU there is
+one run for each core, with one thread each, which is faster than one run at a time on all of them.
+
+A run that is finished is not run again, and one that was stopped goes on from its checkpoint. One
+that was made with other settings, or from another SFT policy, other pairs or another reward, stops
+the sweep by name before anything is run.
+
+Ctrl-C (or SIGTERM) lets every run write its checkpoint. What is finished by then comes back, so
+that a script can make its table and figure of that, and end with exit status STOPPED.
 """
 from __future__ import annotations
 
 import ctypes
-import math
+import dataclasses
+import importlib
 import os
-import shlex
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from common import ROOT, fail
-from common.files import read_json
-from common.run import finished
-from common.settings import defaults
+import dpo
+import sft
+from common import ROOT, fail, pipeline, short, tasks
+from common.files import sha256
+from common.run import finished, read_log
+from common.settings import command, script_of, typed
 from common.training import device
 
+STOPPED = 130  # exit status of a sweep that Ctrl-C has stopped, as a shell shows it
 
-class Planned(NamedTuple):
-    method: str
-    setting: str  # "beta 0.1"
+
+# ---- what is to be run ---------------------------------------------------------------------------
+
+class PlannedRun(NamedTuple):
+    """One run of a sweep: what its rows are called, and what is run."""
+    method: str  # "DPO"
+    setting: str  # "beta 0.1", which tells it from the other runs of its method
     seed: int
-    script: str
-    config: Any  # the script's Config
-
-    def command(self) -> list[str]:
-        """What a user would type: the settings that differ from the defaults of this dataset and preset."""
-        on = {"on": self.config.on} if hasattr(self.config, "on") else {}
-        default, flags = defaults(type(self.config), self.config.dataset, self.config.preset, **on), []
-        for field in fields(self.config):
-            value = getattr(self.config, field.name)
-            named = field.name in ("on", "out", "dataset", "preset")  # the default depends on these, or is made of others
-            if value != (field.default if named else getattr(default, field.name)):
-                flags += ["--" + field.name.replace("_", "-")] + ([] if value is True else [str(value)])
-        return [f"{self.script}.py", *flags]
+    config: Any  # Config of the script, with resume=True and its folder in `out`
+    built_from: dict[str, str] = {}  # what it must be made from, as far as it is known: see Run
 
 
-def die_with_parent() -> None:
-    """In a child, on Linux: a sweep that is killed must not leave runs behind that its next start would run into."""
+def is_finished(run: PlannedRun) -> bool:
+    """Whether a run is finished. One of other settings, or made from something else, stops here."""
+    if not finished(run.config, run.built_from):
+        return False
+    finished_log(run)
+    return True
+
+
+def finished_log(run: PlannedRun) -> list[dict]:
+    """The log of a finished run, whose last row holds what the run has cost."""
+    path = Path(run.config.out) / "log.jsonl"
+    rows = read_log(path)
+    if not rows or "seconds" not in rows[-1]:
+        fail(f"{path}: its last row is missing; delete {path.parent} to run it again")
+    return rows
+
+
+def with_sources(planned: list[PlannedRun], start: pipeline.Start) -> list[PlannedRun]:
+    """The same runs, each with the fingerprints of what it must be made from.
+
+    Pairs and reward models that are missing are built here, so that no two runs build one at once.
+    """
+    known: dict[tuple, dict[str, str]] = {}
+    runs = []
+    for run in planned:
+        # all runs of a script that have these settings in common learn from the same things
+        learns_from = [getattr(run.config, name, "") for name in ("labels", "prompts", "reward")]
+        key = (type(run.config), *learns_from)
+        if key not in known:
+            known[key] = sources(run.config, start)
+        runs.append(run._replace(built_from=known[key]))
+    return runs
+
+
+def sources(config: Any, start: pipeline.Start) -> dict[str, str]:
+    """What a run with this Config must be made from, as its script will write it down."""
+    if isinstance(config, sft.Config):
+        pairs = pipeline.sampled_pairs(start, tasks.load(start.dataset).labels)
+        return sft.built_from(config, str(pairs))
+    if isinstance(config, dpo.Config):
+        pairs = pipeline.sampled_pairs(start, config.labels, config.prompts)
+        return dpo.built_from(config, dataclasses.replace(start, pairs_id=sha256(pairs)))
+    reward = pipeline.reward(config, start)
+    return importlib.import_module(script_of(type(config)).stem).built_from(start, reward)
+
+
+# ---- running -------------------------------------------------------------------------------------
+
+def run_all(planned: list[PlannedRun], folder: Path,
+            workers: int = 0) -> tuple[list[PlannedRun], bool]:
+    """Run what is not finished.
+
+    Args:
+        folder: of the sweep. What the runs print goes to its folder output/.
+        workers: runs at a time; 0 = one for each core, or one on CUDA.
+    Returns:
+        The runs that are finished, in the order planned; and whether the sweep was stopped.
+    Raises:
+        SystemExit where a run has failed, with its command and the last line that it printed.
+    """
+    if not workers:
+        workers = 1 if device().type == "cuda" else os.cpu_count() or 1
+    waiting = [run for run in planned if not is_finished(run)]
+    print(f"{len(planned)} runs, {len(planned) - len(waiting)} of them finished; "
+          f"{workers} at a time", flush=True)
     try:
-        ctypes.CDLL("libc.so.6").prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        run_waiting(waiting, len(planned), folder, workers)
+    except KeyboardInterrupt:
+        done = [run for run in planned if is_finished(run)]
+        print(f"\nstopped: {len(done)} of {len(planned)} runs are finished; "
+              "the same command goes on with the others")
+        return done, True
+    return planned, False
+
+
+def run_waiting(waiting: list[PlannedRun], total: int, folder: Path, workers: int) -> None:
+    """Start the runs in their order, `workers` at a time, until all have ended."""
+    threads = 1 if device().type == "cpu" and workers > 1 else torch.get_num_threads()
+    running: dict[subprocess.Popen, PlannedRun] = {}
+    number = total - len(waiting)  # of the run that was started last
+    started = time.time()
+    waiting = waiting.copy()
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                run = waiting.pop(0)
+                number += 1
+                minutes = (time.time() - started) / 60
+                print(f"[{number}/{total}, {minutes:.0f} min] {typed(run.config)}", flush=True)
+                running[start(run, folder, threads)] = run
+            time.sleep(0.2)
+            for process in list(running):
+                if process.poll() is not None:
+                    check_end(running.pop(process), process.returncode, folder)
+    finally:
+        stop(list(running))  # none is left, unless one has failed or Ctrl-C was pressed
+
+
+def start(run: PlannedRun, folder: Path, threads: int) -> subprocess.Popen:
+    """The run's command as a process that Ctrl-C on the terminal does not reach: the sweep gets it,
+    and passes it on."""
+    script, *flags = command(run.config)
+    output = output_of(run, folder)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with open(output, "wb") as file:
+        return subprocess.Popen(
+            [sys.executable, ROOT / script, *flags],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            start_new_session=True,
+            preexec_fn=in_the_child)
+
+
+def in_the_child() -> None:
+    """Between fork and exec: the run listens to Ctrl-C, and on Linux it dies with the sweep."""
+    # a shell script's `command &` ignores Ctrl-C, and its children would, too
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # if the sweep is killed, its runs must not go on, or the next sweep would start them twice
+    try:
+        ctypes.CDLL("libc.so.6").prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
     except (OSError, AttributeError):
         pass
 
 
-def is_there(run: Planned, weights: str | dict[str, str]) -> bool:
-    """Whether the run is finished. One with other settings, or from another SFT policy, stops the sweep before it starts.
-
-    Args:
-        weights: fingerprint of the SFT policy; or of each, by its folder, where the runs start from several.
-    """
-    if isinstance(weights, dict):
-        weights = weights[run.config.sft]
-    path = Path(run.config.out) / "config.json"
-    built_from = read_json(path)["built_from"] if path.exists() else {"sft": weights}
-    if built_from.get("sft", built_from.get("init")) != weights:
-        fail(f"{path.parent} was made from another SFT policy: delete it")
-    return finished(run.config)
+def output_of(run: PlannedRun, folder: Path) -> Path:
+    """The file for what a run prints."""
+    return folder / "output" / f"{Path(run.config.out).name}.txt"
 
 
-def run_all(planned: list[Planned], workers: int, folder: Path, weights: str | dict[str, str]) -> None:
-    """Run what is not finished, `workers` at a time. Ctrl-C lets every run write its checkpoint first."""
-    left = [p for p in planned if not is_there(p, weights)]
-    threads = 1 if device().type == "cpu" and workers > 1 else torch.get_num_threads()
-    running: dict[subprocess.Popen, tuple[Planned, Path]] = {}
-    started, total = time.time(), len(left)
-    print(f"{len(planned)} runs, {len(planned) - total} of them there; {workers} at a time")
-    try:
-        while left or running:
-            while left and len(running) < workers:
-                run, output = left[0], folder / "output" / f"{Path(left[0].config.out).name}.txt"
-                output.parent.mkdir(parents=True, exist_ok=True)
-                print(f"[{len(planned) - len(left) + 1}/{len(planned)}, {(time.time() - started) / 60:.0f} min] python "
-                      + shlex.join(run.command()), flush=True)
-                with open(output, "wb") as file:
-                    process = subprocess.Popen([sys.executable, ROOT / run.command()[0], *run.command()[1:]], stdout=file,
-                                               stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-                                               env={**os.environ, "OMP_NUM_THREADS": str(threads)}, preexec_fn=die_with_parent)
-                running[process] = left.pop(0), output
-            time.sleep(0.2)
-            for process in [p for p in running if p.poll() is not None]:
-                run, output = running.pop(process)
-                if process.returncode:
-                    lines = output.read_text(errors="replace").replace("\r", "\n").strip().splitlines()
-                    said = lines[-1] if lines else f"exit status {process.returncode}"
-                    fail(f"python {shlex.join(run.command())}: {said} (all of it: {output})")
-    finally:  # a run that failed, or Ctrl-C: the others write their checkpoints and stop
-        for process in running:
-            process.send_signal(signal.SIGINT)
-        for process in running:
-            try:
-                process.wait(timeout=60)
-            except subprocess.TimeoutExpired:  # a shell may have told it to ignore Ctrl-C; its last checkpoint is there
-                process.kill()
+def check_end(run: PlannedRun, status: int, folder: Path) -> None:
+    """A run that failed stops the sweep with its command and the last line that it printed."""
+    if status == 0:
+        return
+    output = output_of(run, folder)
+    text = output.read_text(errors="replace").replace("\r", "\n")  # progress bars write \r
+    lines = text.strip().splitlines()
+    said = short(lines[-1]) if lines else f"exit status {status}"
+    fail(f"{typed(run.config)}: {said} (all of it: {output})")
 
 
-def mean_se(values: list[float]) -> tuple[float, float]:
-    """Mean and standard error over seeds; one seed has no error."""
-    x = torch.tensor(values, dtype=torch.float64)
-    return x.mean().item(), (x.std() / math.sqrt(len(x))).item() if len(x) > 1 else math.nan
+def stop(processes: list[subprocess.Popen]) -> None:
+    """Ctrl-C for every run, which then writes its checkpoint; wait until they have ended."""
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    for process in processes:
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:  # it hangs; its last checkpoint is there
+            process.kill()
