@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import common
-from common import tasks
+from common import files, settings, tasks
 from data.reviews.grammar import gold_reward, sample_review
 from common.tokenizer import train_bpe
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("sft", "reward_model", "dpo", "ppo", "evaluate")
-TINY = "--n-layer 1 --n-embd 32 --n-head 2 --batch-size 8 --steps 80 --warmup 5 --lr 2e-2".split()  # an SFT policy
+SCRIPTS = ("sft", "reward_model", "classifier", "dpo", "reinforce", "ppo", "evaluate")
+TINY = "--n-layer 1 --n-embd 32 --n-head 2 --batch-size 8 --steps 80 --warmup 5 --lr 2e-2".split()  # an SFT policy,
+SFT = [*TINY, "--out", "runs/reviews/sft"]  # where the other scripts look for it
 
 
 def make(root: Path) -> Path:
@@ -54,7 +54,7 @@ def prepare(root: Path, labels: bool = True) -> None:
         for name, rows in {"train": documents[:300], "test": documents[300:340],
                            "prompts_train": [{"prompt": prompt} for prompt in prompts[:60]],
                            "prompts_test": [{"prompt": prompt} for prompt in prompts[60:68]]}.items():
-            common.files.write_jsonl(folder / f"{name}.jsonl", rows)
+            files.write_jsonl(folder / f"{name}.jsonl", rows)
         return {}
 
     tasks.publish(root / "data" / "reviews" / "prepared", "reviews", write)
@@ -86,7 +86,7 @@ def run_here(root: Path, cwd: Path, script: str, *argv: str) -> int | str | None
             if script == "evaluate":
                 module.main([*map(str, argv)])
             else:
-                config = common.settings.parse(module.Config, module.__doc__, [*map(str, argv)])
+                config = settings.parse(module.Config, module.__doc__, [*map(str, argv)])
                 module.main(config) if hasattr(module, "main") else module.train(config)
         except SystemExit as stop:
             return stop.code

@@ -2,11 +2,13 @@
 
 Tiny models are made here, too.
 """
+import dataclasses
 import itertools
 import json
 import os
 import random
 import runpy
+import socket
 import sys
 from pathlib import Path
 
@@ -22,12 +24,12 @@ OFFLINE = ROOT / "tests" / "offline"  # a sitecustomize.py, which the processes 
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(OFFLINE), os.environ.get("PYTHONPATH")]))
 runpy.run_path(str(OFFLINE / "sitecustomize.py"))
 
-from common import tasks  # noqa: E402  (after the path is set)
-import evaluate  # noqa: E402
+import data.reviews  # noqa: E402  (after the path is set)
 import sft  # noqa: E402
+from common import tasks  # noqa: E402
 from common.files import write_jsonl  # noqa: E402
-from data.reviews.grammar import gold_reward, sample_review  # noqa: E402
 from common.tokenizer import train_bpe  # noqa: E402
+from data.reviews.grammar import gold_reward, sample_review  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 
@@ -60,25 +62,37 @@ def every_response(vocab, length, eos):
 
 # ---- a small task and a small policy, from which tiny runs start -----------------------------------------------------
 
+def smaller(task: tasks.Task, **sizes) -> tasks.Task:
+    """A task with other sizes in its preset for a CPU; those of the bank by default: 8 prompts, 16 responses each."""
+    sizes = dict(bank_prompts=8, bank_samples=16) | sizes
+    return dataclasses.replace(task, presets={"cpu": dataclasses.replace(task.presets["cpu"], **sizes)})
+
+
 @pytest.fixture(scope="session")
 def small_reviews_folder(tmp_path_factory) -> Path:
     """What data/reviews/prepare.py writes, with fewer rows and tokens: 4,000 reviews, 768 tokens."""
-    folder, rng = tmp_path_factory.mktemp("data"), random.Random(1)
-    texts = [sample_review(rng)[0] for _ in range(4264)]
-    for name, rows in {"train": [{"text": text} for text in texts[:4000]],
-                       "test": [{"text": text} for text in texts[4000:4200]],
-                       "prompts_test": [{"prompt": " ".join(text.split()[:4])} for text in texts[4200:]]}.items():
-        write_jsonl(folder / f"{name}.jsonl", rows)
-    train_bpe(texts[:4000], 768).save(folder / "tokenizer.tiktoken")
+    folder = tmp_path_factory.mktemp("data") / "prepared"
+
+    def write(folder: Path) -> dict:
+        rng = random.Random(1)
+        texts = [sample_review(rng)[0] for _ in range(4264)]
+        prompts = [{"prompt": " ".join(text.split()[:4])} for text in texts[4200:]]
+        for name, rows in {"train": [{"text": text} for text in texts[:4000]],
+                           "test": [{"text": text} for text in texts[4000:4200]],
+                           "prompts_train": prompts[:56], "prompts_test": prompts}.items():
+            write_jsonl(folder / f"{name}.jsonl", rows)
+        train_bpe(texts[:4000], 768).save(folder / "tokenizer.tiktoken")
+        return {}
+
+    tasks.publish(folder, "reviews", write)
     return folder
 
 
 @pytest.fixture
 def small_reviews(small_reviews_folder, monkeypatch) -> Path:
     """The scripts find the small task in place of `reviews`, and evaluate on 8 prompts, 16 responses of the reference each."""
-    monkeypatch.setattr(tasks, "ensure", lambda dataset: small_reviews_folder)
-    monkeypatch.setattr(evaluate, "ensure_data", lambda dataset: small_reviews_folder)
-    monkeypatch.setitem(evaluate.SIZES, ("reviews", "cpu"), (8, 16))
+    monkeypatch.setattr(tasks, "prepared", lambda dataset: small_reviews_folder)
+    monkeypatch.setattr(data.reviews, "TASK", smaller(data.reviews.TASK))
     return small_reviews_folder
 
 
@@ -86,7 +100,7 @@ def small_reviews(small_reviews_folder, monkeypatch) -> Path:
 def sft_run(small_reviews_folder, tmp_path_factory) -> Path:
     """The folder of a finished SFT run on it: one layer of 32 channels, 40 steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, "ensure", lambda dataset: small_reviews_folder)
+        patch.setattr(tasks, "prepared", lambda dataset: small_reviews_folder)
         return sft.train(sft.Config(out=str(tmp_path_factory.mktemp("runs") / "sft"), n_layer=1, n_head=2, n_embd=32,
                                     block_size=112, steps=40, batch_size=16, warmup=5, lr=2e-2))
 
@@ -114,6 +128,15 @@ def gradients(monkeypatch) -> list[list[torch.Tensor]]:
         return clip(parameters, limit)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
     return steps
+
+
+def skip_without_loopback() -> None:
+    """For tests that start a server on 127.0.0.1: a container may have no network at all, not even this one."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=5).close()
+    except OSError as error:
+        pytest.skip(f"127.0.0.1 cannot be reached here: {error}")
 
 
 def log_of(run: Path) -> list[dict]:

@@ -21,26 +21,31 @@ import pytest
 import torch
 
 import bt
+import classifier
 import clone
-import common
 import dagger
 import dpo
-from experiments import frontier
 import ppo
 import preference_rl
+import reinforce
 import reward_model
-from experiments import scaling
 import sft
-from experiments import winrate
-from common.tokenizer import Tokenizer
-from common.run import load_run
 from clone import root  # noqa: F401  (a fixture)
+from common import files, pipeline, settings
+from common.rewards import user_function
+from common.run import load_checkpoint, load_run
+from common.tokenizer import Tokenizer
+from common.training import fingerprint
+from experiments import frontier, scaling, winrate
 from test_faults import tree
 
-ALGORITHMS = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "ppo": ppo}
-CONFIGS = {**ALGORITHMS, "bt": bt, "preference_rl": preference_rl, "dagger": dagger, "experiments/frontier": frontier,
-           "experiments/scaling": scaling, "experiments/winrate": winrate}
-SOURCES = [*clone.ROOT.glob("*.py"), *clone.ROOT.glob("common/*.py"), *clone.ROOT.glob("experiments/*.py"), *clone.ROOT.glob("data/*.py"), *clone.ROOT.glob("data/*/*.py")]
+ALGORITHMS = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "reinforce": reinforce, "ppo": ppo}
+CONFIGS = {**ALGORITHMS, "classifier": classifier, "bt": bt, "preference_rl": preference_rl, "dagger": dagger,
+           "experiments/frontier": frontier, "experiments/scaling": scaling, "experiments/winrate": winrate}
+for name in ("dueling", "experiments/distill", "experiments/bench"):
+    CONFIGS[name] = importlib.import_module(name.replace("/", "."))
+SOURCES = [path for pattern in ("*.py", "common/*.py", "experiments/*.py", "data/*.py", "data/*/*.py")
+           for path in clone.ROOT.glob(pattern)]
 ROW = {"prompt": "The film was", "chosen": " good.", "rejected": " bad."}
 
 
@@ -51,14 +56,18 @@ def work(root, tmp_path_factory) -> Path:
     runs = work / "runs/reviews"
     clone.write_pairs(work / "pairs.jsonl")
     run = lambda *command: clone.run_here(root, work, *command)  # noqa: E731
-    assert run("sft", *clone.TINY) == 0
-    assert run("reward_model", "--sft", "runs/reviews/sft", "--pairs", "pairs.jsonl") == 0
-    assert run("dpo", "--sft", "runs/reviews/sft", "--pairs", "pairs.jsonl") == 0
-    assert run("ppo", "--sft", "runs/reviews/sft", "--reward", "gold", "--steps", "2", "--batch-size", "8") == 0
+    policy = ["--sft", "runs/reviews/sft"]
+    assert run("sft", *clone.SFT) == 0
+    assert run("reward_model", *policy, "--pairs", "pairs.jsonl", "--out", "runs/reviews/reward-model") == 0
+    assert run("dpo", *policy, "--pairs", "pairs.jsonl", "--out", "runs/reviews/dpo") == 0
+    for script in "ppo", "reinforce":
+        assert run(script, *policy, "--reward", "gold", "--steps", "2", "--batch-size", "8", "--warmup", "1",
+                   "--out", f"runs/reviews/{script}") == 0
 
     def altered(name: str, change) -> None:
         shutil.copytree(runs / "sft", runs / name)
         state = torch.load(runs / name / "model.pt", weights_only=True)
+        state.pop("checksum")
         change(state, runs / name)
         torch.save(state, runs / name / "model.pt")
 
@@ -72,10 +81,11 @@ def work(root, tmp_path_factory) -> Path:
     (runs / "no-tokenizer/tokenizer.tiktoken").write_text("nothing\n")
     shutil.copytree(runs / "reward-model", runs / "short-reward")
     state = torch.load(runs / "reward-model/model.pt", weights_only=True)
+    state.pop("checksum")
     state["model"]["gpt.wpe.weight"] = state["model"]["gpt.wpe.weight"][:20].clone()
     state["architecture"]["block_size"] = 20
     torch.save(state, runs / "short-reward/model.pt")
-    shutil.copytree(runs / "dpo-own-beta0.1-seed0", work / "runs/imdb/dpo")
+    shutil.copytree(runs / "dpo", work / "runs/imdb/dpo")
     (work / "runs/imdb/dpo/config.json").write_text(json.dumps({"dataset": "imdb", "preset": "cpu", "sft": "runs/imdb/sft"}))
     (work / "a file").write_text("")
     return work
@@ -111,8 +121,7 @@ def refused(root, work):
     (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
     (["--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
     (["--seed"], "argument --seed: expected one argument"),
-    (["--preset", "gpu"], "there is no such preset for --dataset reviews (known: "),
-    (["--preset", "gpu"], "imdb cpu, imdb gpu)"),
+    (["--preset", "gpu"], "--preset gpu: data/reviews has no such preset (known: cpu)"),
     (["--dataset", "nope"], "--dataset nope: there is no data/nope/prepare.py (known: imdb, posts, reviews, tldr)"),
     (["--out", "a file"], "a file: cannot be written ("),
     (["--out", "a file/below"], "a file/below: cannot be written ("),
@@ -132,7 +141,7 @@ def test_every_number_has_a_range(script, name, value):
     """nan passes every `if x <= 0`, and inf trains a model of NaNs: no number of any Config takes them, nor a -1."""
     flag = "--" + name.replace("_", "-")
     with pytest.raises(SystemExit, match=f"^error: {flag} .*: must be "):
-        common.settings.parse(CONFIGS[script].Config, "", [flag, value])
+        settings.parse(CONFIGS[script].Config, "", [flag, value])
 
 
 @pytest.mark.parametrize("argv, expected", [
@@ -147,16 +156,15 @@ def test_ranges_of_dpo(argv, expected, refused):
 
 @pytest.mark.parametrize("argv, expected", [
     (["--beta", "0"], "--beta 0.0: must be > 0"), (["--target-kl", "-1"], "--target-kl -1.0: must be >= 0"),
-    (["--gamma", "1.01"], "--gamma 1.01: must be in [0, 1]"), (["--lam", "-0.1"], "--lam -0.1: must be in [0, 1]"),
+    (["--gamma", "1.01"], "unrecognized arguments: --gamma"), (["--lam", "-0.1"], "--lam -0.1: must be in [0, 1]"),
     (["--clip", "0"], "--clip 0.0: must be > 0"), (["--value-clip", "0"], "--value-clip 0.0: must be > 0"),
     (["--warmup", "0"], "--warmup 0: must be > 0"), (["--epochs", "0"], "--epochs 0: must be > 0"),
     (["--batch-size", "12", "--samples", "5"], "--batch-size 12: must be a multiple of --samples 5"),
     (["--batch-size", "4", "--samples", "8"], "--batch-size 4: must be a multiple of --samples 8"),
     (["--batch-size", "4", "--minibatches", "5"], "--minibatches 5: more than --batch-size 4"),
     (["--minibatches", "61", "--reward", "gold", "--sft", "runs/reviews/sft", "--out", "new-ppo"], "--minibatches 61: "),
-    (["--advantages", "leave-one-out"], "--advantages leave-one-out: needs --samples 2 or more"),
     (["--prompts", "50", "--reward", "gold"], "--prompts: needs --reward model"),
-    (["--advantages", "loo"], "argument --advantages: invalid choice: 'loo'"),
+    (["--horizon", "10"], "--horizon: needs --target-kl"),
     # the change of beta in a batch is at most a fifth of batch / horizon: from 1 on, beta would be 0 or negative
     (["--horizon", "10", "--batch-size", "64", "--target-kl", "1"], "--horizon 10: ")])
 def test_ranges_of_ppo(argv, expected, refused):
@@ -165,6 +173,10 @@ def test_ranges_of_ppo(argv, expected, refused):
 
 
 def test_ranges_elsewhere(refused):
+    assert "--baseline leave-one-out: needs --samples 2 or more" in refused("reinforce", "--samples", "1")
+    assert "--batch-size 10: must be a multiple of --samples 4" in refused("reinforce", "--batch-size", "10")
+    for flag, value in (("--n-layer", 10**12), ("--n-embd", 10**12), ("--block-size", 10**12), ("--block-size", 10**30)):
+        assert f"{flag} {value}: must be " in refused("sft", flag, str(value))
     assert "n_embd 30 is not a multiple of n_head 4" in refused("sft", "--n-embd", "30", "--out", "new")
     assert "--block-size 2: must be > 2" in refused("sft", "--block-size", "2")
     assert "--block-size 1: must be 0 or > 2" in refused("reward_model", "--block-size", "1")
@@ -176,7 +188,8 @@ def test_ranges_elsewhere(refused):
 def test_a_flag_that_would_be_ignored_is_refused(refused):
     """--pairs without --on chosen would train on documents for an hour, and never open the file."""
     assert "--pairs: needs --on chosen" in refused("sft", "--pairs", "pairs.jsonl")
-    assert "--pairs: needs --on pairs" in refused("reward_model", "--on", "labels", "--pairs", "pairs.jsonl")
+    assert "--beta: needs --loss dpo" in refused("dpo", "--loss", "unlikelihood", "--beta", "1")
+    assert "--prompts: not with --pairs" in refused("reward_model", "--prompts", "5", "--pairs", "pairs.jsonl")
     assert "--evaluate-every: needs --on chosen" in refused("sft", "--evaluate-every", "5")
 
 
@@ -194,6 +207,8 @@ BAD_PAIRS = {  # content of the file: what the message says behind its name
     "bad UTF-8": (lines(ROW, b'{"prompt": "\xff"}'), ", line 2: not UTF-8 (byte 13 of the line)"),
     "bad JSON": (lines(ROW, b"", b'{"prompt": "a",}'), ", line 3: not JSON ("),  # empty lines are skipped, and counted
     "nested": (lines(b"[" * 100_000), ", line 1: not JSON ("),
+    "a key twice": (b'{"prompt": "a", "chosen": "b", "rejected": "c", "chosen": "d"}\n', ", line 1: not JSON (the key 'chosen' is"),
+    "half a surrogate": (b'{"prompt": "a", "chosen": "b\\ud800", "rejected": "c"}\n', ", line 1: field 'chosen' has half a"),
     "array": (lines(["a", "b"]), ", line 1: expected a JSON object with prompt, chosen, rejected"),
     "whole file": (json.dumps([ROW], indent=1).encode(), ", line 1: not JSON ("),
     "empty response": (lines(ROW, {**ROW, "rejected": ""}), ", line 2: field 'rejected' is empty"),
@@ -213,12 +228,10 @@ def test_bad_pairs_are_refused_before_anything_is_trained(case, script, root, tm
 
 
 @pytest.mark.parametrize("script", ["dpo", "reward_model", "sft"])
-def test_pairs_that_are_not_there(script, refused, tmp_path, root):
+def test_pairs_that_are_not_there(script, refused):
     chosen = ["--out", "new", *(["--on", "chosen"] if script == "sft" else [])]
     assert "nope.jsonl: no such pairs file" in refused(script, "--pairs", "nope.jsonl", *chosen)
     assert "runs: cannot be read (Is a directory)" in refused(script, "--pairs", "runs", *chosen)
-    assert clone.run_here(root, tmp_path, "sft", "--on", "chosen").startswith(  # where the pipeline would have put them
-        "error: runs/reviews/pairs-bt/pairs.jsonl: no such pairs file")
 
 
 @pytest.mark.parametrize("script", ["dpo", "reward_model"])
@@ -237,7 +250,7 @@ def test_pairs_that_the_policy_cannot_use(rows, expected, script, work, refused)
 def test_pairs_are_fitted_before_the_gold_classifier_is_trained(refused, work, monkeypatch):
     """On imdb that is the longest stage of all."""
     (work / "unusable.jsonl").write_bytes(lines(ROW, {**ROW, "chosen": " good" * 200}))
-    monkeypatch.setattr(reward_model, "ensure_gold", lambda *_: pytest.fail("too early"))
+    monkeypatch.setattr(pipeline, "gold_reward", lambda *_: pytest.fail("too early"))
     assert "unusable.jsonl, line 2: 'chosen' does not fit" in refused(
         "dpo", "--sft", "runs/reviews/sft", "--out", "new", "--pairs", "unusable.jsonl")
 
@@ -246,7 +259,7 @@ def test_pairs_that_look_odd_and_are_legal(root, work, tmp_path, capsys):
     """An empty prompt (<bos> stands before it), further keys, any script, CRLF, no last newline; identical ones are counted."""
     rows = [{**ROW, "prompt": ""}, {**ROW, "id": 7}, {**ROW, "chosen": " 很好 🎬", "rejected": "\u0000\u2028"},
             {**ROW, "chosen": ROW["rejected"]}]
-    (tmp_path / "odd.jsonl").write_bytes(lines(*rows).replace(b"\n", b"\r\n")[:-2])
+    (tmp_path / "odd.jsonl").write_bytes(b"\xef\xbb\xbf" + lines(*rows).replace(b"\n", b"\r\n")[:-2])  # as Notepad saves
     for script in "dpo", "reward_model":
         assert clone.run_here(root, tmp_path, script, "--sft", work / "runs/reviews/sft", "--out", script,
                               "--pairs", "odd.jsonl") == 0
@@ -288,12 +301,12 @@ def test_an_init_that_is_no_checkpoint(refused):
 def test_a_run_folder_that_is_taken(script, root, work, tmp_path):
     """Other settings are named, one by one; an unfinished run needs --resume; and both are said before work is done."""
     folder = tmp_path / "taken"
-    source = {"sft": "sft", "reward_model": "reward-model", "dpo": "dpo-own-beta0.1-seed0",
-              "ppo": "ppo-gt-beta0.1-seed0"}[script]
+    source = {"sft": "sft", "reward_model": "reward-model", "dpo": "dpo",
+              "ppo": "ppo", "reinforce": "reinforce"}[script]
     shutil.copytree(work / "runs/reviews" / source, folder)
     settings = json.loads((folder / "config.json").read_text())
     same = [word for name, value in settings.items()
-            if name not in ("built_from", "machine", "out", "sft") and value not in ("", False)
+            if name not in ("built_from", "machine", "script", "out", "sft") and value not in ("", False)
             for word in ("--" + name.replace("_", "-"), str(value))] + ["--out", "taken"]
     policy = [] if script == "sft" else ["--sft", "nowhere"]  # whoever opens it before the folder is checked will fail there
     if script != "sft":
@@ -328,7 +341,7 @@ def test_a_run_built_from_something_else(root, work, tmp_path):
         assert clone.run_here(root, tmp_path, script, *command) == 0
         before = tree(tmp_path / "run")
         clone.write_pairs(pairs, seed=9)
-        assert "run was made with other settings: built_from was" in clone.run_here(root, tmp_path, script, *command)
+        assert "run was made with other settings: pairs was" in clone.run_here(root, tmp_path, script, *command)
         assert tree(tmp_path / "run") == before
         shutil.rmtree(tmp_path / "run")
 
@@ -337,18 +350,18 @@ def test_labels_where_there_are_none(root, tmp_path):
     """The gold classifier needs labelled documents; that is found before the SFT policy is trained for it."""
     shutil.copytree(root, tmp_path / "clone", ignore=lambda *_: ["prepared"])
     clone.prepare(tmp_path / "clone", labels=False)
-    said = clone.run_here(tmp_path / "clone", tmp_path, "reward_model", "--on", "labels")
-    assert said.startswith("error: --on labels: no row of ") and os.listdir(tmp_path) == ["clone"]
+    said = clone.run_here(tmp_path / "clone", tmp_path, "classifier", "--dataset", "reviews")
+    assert said.startswith("error: no row of ") and "has a label" in said and os.listdir(tmp_path) == ["clone"]
 
 
 @pytest.mark.parametrize("runs, expected", [
     (["runs/reviews/nope"], "runs/reviews/nope: no finished run there (no model.pt)"),
-    (["runs/reviews/dpo-own-beta0.1-seed0", "runs/reviews/nope"], "runs/reviews/nope: no finished run there"),
+    (["runs/reviews/dpo", "runs/reviews/nope"], "runs/reviews/nope: no finished run there"),
     (["runs/reviews/unfinished"], "runs/reviews/unfinished: no finished run there"),
     (["runs/reviews/reward-model"], "model.pt holds a ScalarModel, expected a GPT"),
     (["runs/reviews/truncated"], "runs/reviews/truncated/model.pt: cannot be read ("),
     (["runs/reviews/other-task"], "other-task was trained with dataset 'imdb', expected 'reviews'"),
-    (["runs/reviews/dpo-own-beta0.1-seed0", "runs/imdb/dpo"], "these runs have different references ("),
+    (["runs/reviews/dpo", "runs/imdb/dpo"], "these runs have different references ("),
     (["runs/imdb/dpo"], "runs/imdb/sft: no finished run there"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_runs_that_cannot_be_evaluated(runs, expected, refused):
@@ -367,8 +380,8 @@ def test_evaluate_takes_the_reference_that_the_run_was_trained_from(root, work, 
     table = capsys.readouterr().out
     assert "a/run " in table and "b/run " in table
     policy, _ = load_run(tmp_path / "mine/policy")
-    bank = json.loads((tmp_path / "mine/bank/config.json").read_text())
-    assert bank["policy"] == common.training.fingerprint(policy.state_dict())
+    bank = json.loads((tmp_path / "mine/policy/bank/config.json").read_text())
+    assert bank["built_from"]["policy"] == fingerprint(policy.state_dict())
     assert {"SFT", "a/run"} <= json.loads((tmp_path / "a/run/evaluation.json").read_text())["compared"].keys()
     other_tokenizer(tmp_path / "mine/policy")
     assert "policy was trained with tokenizer '" in clone.run_here(root, tmp_path, "evaluate", "a/run")
@@ -377,7 +390,7 @@ def test_evaluate_takes_the_reference_that_the_run_was_trained_from(root, work, 
 # ---- a reward of one's own -------------------------------------------------------------------------------------------
 
 def own(folder: Path, body: str) -> str:
-    """own.py:f of a file in this folder whose function f has this body, from its third line on."""
+    """own.py:f of a file in this folder whose function f, on the second line, has this body, from the third on."""
     (folder / "own.py").write_text(f"import torch\ndef f(prompts, responses):\n    {body}\n")
     return f"{folder / 'own.py'}:f"
 
@@ -386,7 +399,7 @@ def own(folder: Path, body: str) -> str:
                                   "return torch.tensor([1.0, -0.5]).numpy()", "return list(torch.tensor([1.0, -0.5]).numpy())",
                                   "return (x for x in (1, -0.5))"])
 def test_what_a_reward_may_return(body, tmp_path):
-    reward = ppo.user_function(own(tmp_path, body))(["a", "b"], ["c", "d"])
+    reward = user_function(own(tmp_path, body), "--reward")(["a", "b"], ["c", "d"])
     assert reward.tolist() == [1, -0.5] and reward.dtype == torch.float32
 
 
@@ -397,7 +410,11 @@ BAD_RETURNS = {  # body of the function: what is said behind its name
     "return [1.0, float('nan')]": "returned nan for response 1", "return [float('inf'), 1]": "returned inf for response 0",
     "return [1.0, 1e300]": "returned 1e+300 for response 1",  # too large for fp32
     "return [True, False]": "returned True for response 0", "return torch.ones(2, 1)": "returned [1.0] for response 0",
-    "pass": "None", "return 0.5": "", "return torch.tensor(0.5)": "",
+    "pass": "TypeError: 'NoneType' object is not iterable", "return 0.5": "", "return torch.tensor(0.5)": "",
+    "return [10**400] * 2": "returned 1000000000000", "import itertools; return itertools.repeat(1.0)": "returned more than 2",
+    "import sys; sys.exit(0)": "SystemExit: 0 ({file}, line 3)", "raise BaseException('no')": "BaseException: no ({file}, line 3)",
+    "raise GeneratorExit": "GeneratorExit ({file}, line 3)", "raise ValueError('x' * 100_000)": "ValueError: xxx",
+    "prompts.clear(); responses.clear(); return []": "returned 0 numbers for 2 responses ({file}, line 2)",
     "return [1.0 / 0] * 2": "ZeroDivisionError: float division by zero ({file}, line 3)",
     "raise ValueError('a line\\nand another')": "ValueError: a line"}
 
@@ -407,20 +424,39 @@ def test_a_reward_that_returns_no_numbers(body, tmp_path):
     """One line says what came back, or what was raised and where. True is no number."""
     name = own(tmp_path, body)
     with pytest.raises(SystemExit) as stop:
-        ppo.user_function(name)(["a", "b"], ["c", "d"])
+        user_function(name, "--reward")(["a", "b"], ["c", "d"])
     said = str(stop.value)
-    assert said.startswith(f"error: --reward {name}: ") and "\n" not in said, said
+    assert said.startswith(f"error: --reward {name}: ") and "\n" not in said and len(said) < 500, said
     assert BAD_RETURNS[body].replace("{file}", str(tmp_path / "own.py")) in said.removeprefix(f"error: --reward {name}"), said
 
 
+def test_a_reward_may_do_with_its_lists_what_it_likes(tmp_path):
+    """They are copies: one that was reversed in place gave every score to another response."""
+    texts = [["a", "b"], ["c", "dd"]]
+    name = own(tmp_path, "responses.reverse(); return [float(len(r)) for r in responses[::-1]]")
+    assert user_function(name, "--reward")(*texts).tolist() == [1, 2] and texts == [["a", "b"], ["c", "dd"]]
+
+
+def test_a_reward_file_is_a_module_like_any_other(tmp_path):
+    """Dataclasses under postponed annotations, pickle, and imports of a file beside it work; our own modules win by name."""
+    (tmp_path / "helper_beside.py").write_text("BONUS = 2.0\n")
+    (tmp_path / "model.py").write_text("raise ValueError('not this one')\n")
+    (tmp_path / "own.py").write_text(
+        "from __future__ import annotations\nimport pickle\nfrom dataclasses import dataclass\nimport helper_beside\nimport model\n"
+        "@dataclass\nclass Weight:\n    value: float = helper_beside.BONUS\n"
+        "def f(prompts, responses):\n    w = pickle.loads(pickle.dumps(Weight()))\n    return [w.value * len(r) for r in responses]\n")
+    assert user_function(f"{tmp_path / 'own.py'}:f", "--reward")(["a"], ["bcd"]).tolist() == [6.0]
+
+
 BAD_REWARDS = {  # what is given: what is said behind it
-    "nope": "expected model, gold, the folder of a reward model's run, or FILE.py:function",
+    "nope": "expected model, gold, the folder of a reward model's run, or FILE.py:function", "": "expected model, gold",
     "nope.py:f": "expected model, gold", "own.py": "expected model, gold", "words.txt:f": "expected model, gold",
     "own.py:g": "own.py has no function 'g'", "own.py:number": "own.py has no function 'number'",
     "broken.py:f": "broken.py cannot be loaded (SyntaxError: ",
-    "wishful.py:f": "wishful.py cannot be loaded (ModuleNotFoundError: No module named 'nothing_of_this_name')",
+    "wishful.py:f": "wishful.py cannot be loaded (ModuleNotFoundError: No module named 'nothing_of_this_name'; wishful.py, line 1)",
     "own.py:one": "returned 1 numbers for ", "own.py:nothing": "returned None for response 0",
-    "own.py:undefined": "NameError: name 'scores' is not defined ("}
+    "own.py:undefined": "NameError: name 'scores' is not defined (own.py, line 4)", "own.py:alone": "own.py, line 5)",
+    "leaves.py:f": "leaves.py cannot be loaded (SystemExit: 3; leaves.py, line 2)"}
 
 
 @pytest.mark.parametrize("name", BAD_REWARDS)
@@ -429,12 +465,14 @@ def test_a_bad_reward_is_refused_before_anything_is_trained(name, root, tmp_path
     monkeypatch.setattr(sft, "train", lambda config: pytest.fail("too early"))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     for file, text in {"own.py": "number = 1\none = lambda p, r: [1.0]\nnothing = lambda p, r: [None] * len(r)\n"
-                       "undefined = lambda p, r: scores(r)\n", "broken.py": "def f(:\n", "words.txt": "a\n",
+                       "undefined = lambda p, r: scores(r)\ndef alone():\n    return []\n",
+                       "leaves.py": "import sys\nsys.exit(3)\n", "broken.py": "def f(:\n", "words.txt": "a\n",
                        "wishful.py": "import nothing_of_this_name\n"}.items():
         (tmp_path / file).write_text(text)
     before = tree(tmp_path)
     said = clone.run_here(root, tmp_path, "ppo", "--reward", name)
-    assert said.startswith(f"error: --reward {name}: ") and BAD_REWARDS[name] in said and "\n" not in said
+    shown = repr(name) if "expected" in BAD_REWARDS[name] else name
+    assert said.startswith(f"error: --reward {shown}: ") and BAD_REWARDS[name] in said and "\n" not in said, said
     assert tree(tmp_path) == before
 
 
@@ -444,7 +482,7 @@ def test_a_reward_that_fails_later_stops_the_run(root, work, tmp_path):
     said = clone.run_here(root, tmp_path, "ppo", "--sft", work / "runs/reviews/sft", "--reward", name, "--batch-size", "8",
                           "--out", "run")
     assert said.startswith(f"error: --reward {name}: returned None for response 0 (") and "\n" not in said
-    assert common.run.load_checkpoint(tmp_path / "run/checkpoint.pt") is None and not (tmp_path / "run/model.pt").exists()
+    assert load_checkpoint(tmp_path / "run/checkpoint.pt") is None and not (tmp_path / "run/model.pt").exists()
 
 
 def test_a_reward_whose_file_has_changed_is_another_one(root, work, tmp_path):
@@ -453,7 +491,7 @@ def test_a_reward_whose_file_has_changed_is_another_one(root, work, tmp_path):
     assert clone.run_here(root, tmp_path, *command, own(tmp_path, "return [float(len(r)) for r in responses]")) == 0
     before = tree(tmp_path / "run")
     said = clone.run_here(root, tmp_path, *command, own(tmp_path, "return [-float(len(r)) for r in responses]"))
-    assert isinstance(said, str) and "run was made with other settings: built_from was" in said
+    assert isinstance(said, str) and "run was made with other settings: reward was" in said
     assert tree(tmp_path / "run") == before
 
 
@@ -492,7 +530,7 @@ def test_a_real_process_says_one_line_and_exits_1_at_once(script, argv, expected
 
 def test_import_draws_in_no_library_that_only_some_runs_need():
     """--help and every mistake wait for the imports, so figures and GPT-2 weights are imported where they are used."""
-    program = ("import sys, sft, reward_model, dpo, ppo, evaluate, bt, preference_rl, dagger\n"
+    program = ("import sys, sft, reward_model, classifier, dpo, reinforce, ppo, evaluate, bt, dueling, preference_rl, dagger\n"
                "from experiments import frontier, winrate, scaling\n"
                "print(*{name.split('.')[0] for name in sys.modules})")
     modules = subprocess.run([sys.executable, "-c", program], cwd=clone.ROOT, capture_output=True, text=True, check=True,
@@ -513,12 +551,12 @@ def test_help_shows_every_flag_with_reason_and_default(script, dataset, capsys):
     """The defaults shown are those of the dataset asked about, because they are the ones that will be used."""
     config = ALGORITHMS[script].Config
     with pytest.raises(SystemExit) as stop:
-        common.settings.parse(config, ALGORITHMS[script].__doc__, ["--dataset", dataset, "--help"])
+        settings.parse(config, ALGORITHMS[script].__doc__, ["--dataset", dataset, "--help"])
     assert stop.value.code == 0
-    shown, reasons = packed(capsys.readouterr().out), common.settings.comments(config)
+    shown, reasons = packed(capsys.readouterr().out), {name: text for name, (_, text) in settings.field_notes(config).items()}
     assert packed(ALGORITHMS[script].__doc__.splitlines()[0]) in shown
     for field in dataclasses.fields(config):
-        default = {**dataclasses.asdict(common.settings.defaults(config, dataset)), "out": ""}[field.name]
+        default = settings.defaults_of(config, dataset=dataset)[field.name]
         assert len(reasons[field.name]) > 3, f"{field.name} has no reason"
         flag, text = field.name.replace("_", "-"), f"{reasons[field.name]}[{default if default != '' else 'none'}]"
         assert re.search(rf"--{flag}(STR|INT|FLOAT|{{[\w,-]+}})?{re.escape(packed(text))}", shown), field.name
@@ -530,9 +568,10 @@ def test_the_scripts_can_prepare_every_dataset(prepare):
     inspect.signature(importlib.import_module(f"data.{prepare.parent.name}.prepare").prepare).bind(out=Path())
 
 
-@pytest.mark.parametrize("script", [*clone.SCRIPTS, "bt", "preference_rl", "dagger", "experiments/frontier", "experiments/winrate",
-                                    "experiments/scaling", "experiments/agreement", "experiments/samples",
-                                    "data/reviews/prepare", "data/imdb/prepare", "data/tldr/prepare"])
+@pytest.mark.parametrize("script", [*clone.SCRIPTS, "bt", "dueling", "preference_rl", "dagger",
+                                    "experiments/distill", "experiments/bench", "experiments/frontier",
+                                    "experiments/winrate", "experiments/scaling", "experiments/agreement",
+                                    "experiments/samples", "data/reviews/prepare", "data/imdb/prepare", "data/tldr/prepare"])
 def test_help_of_every_script_exits_0_and_does_nothing(script, root, tmp_path, monkeypatch, capsys):
     """Asking what a script does must not do it."""
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
@@ -558,6 +597,8 @@ def reads(path: Path) -> set[str]:
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and (
                 getattr(node.value, "id", "") in ("config", "self") or getattr(node.value, "attr", "") == "config"):
             found.add(node.attr)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "getattr" and len(node.args) > 1:
+            found.add(getattr(node.args[1], "value", ""))
         for child in ast.iter_child_nodes(node):
             visit(child)
 
@@ -567,10 +608,13 @@ def reads(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("script", CONFIGS)
 def test_no_dead_flags(script):
-    """A flag that nothing reads is the commonest defect of this field's code: it is set, believed and ignored."""
+    """A flag that nothing reads is the commonest defect of this field's code: it is set, believed and ignored. What a script
+    starts from is read by the pipeline, and where it writes by the run folder."""
     fields = {field.name for field in dataclasses.fields(CONFIGS[script].Config)}
-    by_run = reads(clone.ROOT / "common/run.py") & {"resume", "out", "checkpoint_every"}
-    assert fields - reads(clone.ROOT / f"{script}.py") - by_run == set()
+    shared = reads(clone.ROOT / "common/run.py") & {"resume", "out", "checkpoint_every"}
+    if "pipeline" in (clone.ROOT / f"{script}.py").read_text():
+        shared |= reads(clone.ROOT / "common/pipeline.py")
+    assert fields - reads(clone.ROOT / f"{script}.py") - shared == set()
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(clone.ROOT)))
@@ -596,28 +640,26 @@ def test_source_loads_nothing_that_can_run_code(path):
 
 def test_own_pairs_end_to_end(root, work):
     """python dpo.py --pairs FILE: a policy, an evaluation with its table, samples before and after, and a figure."""
-    folder = work / "runs/reviews/dpo-own-beta0.1-seed0"
+    folder = work / "runs/reviews/dpo"
     assert sorted(os.listdir(folder)) == ["config.json", "evaluation.json", "figure.png", "log.jsonl", "model.pt",
                                           "samples.jsonl", "tokenizer.tiktoken"]
     table = json.loads((folder / "evaluation.json").read_text())["table"]
     assert {"SFT", "DPO beta 0.1", "best of 16"} <= set(table)
     assert {"reward", "reward_se", "kl", "kl_se", "length", "share"} <= set(table["DPO beta 0.1"])
-    samples = common.files.read_jsonl(folder / "samples.jsonl", {"prompt": str, "before": str, "after": str, "before_reward": float,
+    samples = files.read_jsonl(folder / "samples.jsonl", {"prompt": str, "before": str, "after": str, "before_reward": float,
                                                            "after_reward": float})
     assert len(samples) == 8
     assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_pairs_we_write_can_be_given_back(root, work, tmp_path):
-    """The pipeline's pairs.jsonl through --pairs trains the same policy, to the bit: the text is the whole pair."""
+def test_the_pairs_we_write_can_be_given_back(root, work, tmp_path, monkeypatch):
+    """The pipeline's pairs.jsonl through --pairs are the same pairs, token by token; and Preferred-FT finds them by itself."""
     shutil.copytree(work / "runs/reviews/sft", tmp_path / "runs/reviews/sft")
-    policy = ["--sft", "runs/reviews/sft", "--batch-size", "4", "--epochs", "3"]
-    for script, module in (("dpo", dpo), ("reward_model", reward_model)):
-        assert clone.run_here(root, tmp_path, script, *policy, "--out", f"{script}-sampled") == 0
-        assert clone.run_here(root, tmp_path, script, *policy, "--out", f"{script}-given",
-                              "--pairs", "runs/reviews/pairs-bt/pairs.jsonl") == 0
-        sampled, given = (torch.load(tmp_path / f"{script}-{name}/model.pt", weights_only=True)["model"]
-                          for name in ("sampled", "given"))
-        assert all(torch.equal(sampled[name], given[name]) for name in sampled)
-    assert clone.run_here(root, tmp_path, "sft", "--on", "chosen", "--steps", "3") == 0  # finds policy and pairs by itself
-    assert (tmp_path / "runs/reviews/preferred-ft/model.pt").exists()
+    begun, start = [], pipeline.start
+    monkeypatch.setattr(pipeline, "start", lambda *args, **more: begun.append(start(*args, **more)) or begun[-1])
+    command = ["dpo", "--sft", "runs/reviews/sft", "--batch-size", "4"]
+    assert clone.run_here(root, tmp_path, *command) == 0
+    assert clone.run_here(root, tmp_path, *command, "--pairs", "runs/reviews/pairs-bt/pairs.jsonl") == 0
+    assert begun[0].pairs == begun[1].pairs and len(begun[0].pairs) > 100
+    said = clone.run_here(root, tmp_path, "sft", "--on", "chosen", "--steps", "3", "--warmup", "1", "--init", "runs/reviews/sft")
+    assert said == 0 and (tmp_path / "runs/reviews/preferred-ft-init-runs-reviews-sft-steps3-warmup1/model.pt").exists()

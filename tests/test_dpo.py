@@ -10,10 +10,12 @@ import pytest
 import torch
 
 import dpo
+import evaluate
 from common.files import sha256
-from common.training import adamw, batches, pad
+from common.training import adamw, batches, half_ties, pad
 from conftest import every_response, log_of, naive_logprobs, tiny_gpt
-from common.pairs import encode_pairs, read_pairs
+from common import pipeline
+from common.pairs import encode_pairs, read_pairs, split
 from common.tokenizer import Tokenizer
 from dpo import dpo_loss, unlikelihood_loss
 from common.run import load_run
@@ -260,7 +262,7 @@ def test_an_identical_pair_teaches_unlikelihood_unless_alpha_is_1():
 @pytest.fixture
 def small_run(sft_run, pairs_file, small_reviews, tmp_path, monkeypatch):
     """run(**settings) trains on 76 pairs, 12 a step, and returns the rows of the log and the run folder."""
-    monkeypatch.setattr(dpo, "draw", lambda *args: None)  # a second of matplotlib
+    monkeypatch.setattr(evaluate, "draw_run", lambda *args: None)  # a second of matplotlib
 
     def run(**settings):
         out = str(tmp_path / f"run{len(list(tmp_path.iterdir()))}")
@@ -277,7 +279,9 @@ def test_first_step_is_the_definition(small_run, sft_run, pairs_file, gradients)
     tokenizer = Tokenizer.load(sft_run / "tokenizer.tiktoken")
     pairs = encode_pairs(read_pairs(pairs_file), tokenizer, policy.config.block_size, pairs_file)
     longest = torch.tensor([len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs])
-    batch = next(batches(longest[:76], 12, seed=3))  # 80 pairs, 4 held out
+    rows, held = split(pairs, draw=True)
+    assert len(rows) == 76 and len(held) == 4
+    batch = rows[next(batches(longest[rows], 12, seed=3))]
     loss, sums = 0.0, []
     for i in batch.tolist():
         chosen, rejected = (naive_logprobs(policy, pairs[i].prompt, r).sum() for r in (pairs[i].chosen, pairs[i].rejected))
@@ -306,7 +310,8 @@ def test_first_step_of_unlikelihood_is_the_definition(small_run, sft_run, pairs_
     pairs = encode_pairs(read_pairs(pairs_file), tokenizer, policy.config.block_size, pairs_file)
     longest = torch.tensor([len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs])
     loss = 0.0
-    for i in next(batches(longest[:76], 12, seed=3)).tolist():
+    rows, _ = split(pairs, draw=True)
+    for i in rows[next(batches(longest[rows], 12, seed=3))].tolist():
         chosen, rejected = (naive_logprobs(policy, pairs[i].prompt, r).sum() for r in (pairs[i].chosen, pairs[i].rejected))
         loss = loss + (-chosen + 0.3 * rejected) / 12
     loss.backward()
@@ -319,31 +324,41 @@ def test_first_step_of_unlikelihood_is_the_definition(small_run, sft_run, pairs_
 
 
 def test_unlikelihood_has_no_reference_and_no_beta(small_run, sft_run, tmp_path, monkeypatch):
-    """Another beta, or noise in place of the reference's log-probabilities: other implicit rewards in the log, but the same
-    losses and the same weights, bit by bit. Another alpha is another policy, and DPO's reference does count."""
+    """Noise in place of the reference's log-probabilities: other implicit rewards in the log, but the same losses and the
+    same weights, bit by bit. Another alpha is another policy, and DPO's reference does count. A beta would be ignored."""
+    with pytest.raises(SystemExit, match="--beta: needs --loss dpo"):
+        dpo.Config(loss="unlikelihood", beta=5.0)
     def end(**settings):
         rows, folder = small_run(**settings)
         return ([row["loss"] for row in rows[:-1]], sha256(folder / "model.pt")), rows[-2]["margin"]
     plain, margin = end(loss="unlikelihood")
-    found = [end(loss="unlikelihood", beta=5.0), end(loss="unlikelihood", alpha=0.2), end()]
+    found = [end(loss="unlikelihood", alpha=0.2), end()]
     draw, noisy = torch.Generator().manual_seed(0), dict(sft=str(shutil.copytree(sft_run, tmp_path / "noisy/sft")))
-    monkeypatch.setattr(dpo, "summed_logprobs", lambda _, tokens, *__: -50 * torch.rand(len(tokens), generator=draw))
+    monkeypatch.setattr(pipeline, "summed_logprobs", lambda _, tokens, *__: -50 * torch.rand(len(tokens), generator=draw))
     found += [end(loss="unlikelihood", **noisy), end(**noisy)]
-    assert [f[0] == plain for f in found] == [True, False, False, True, False] and found[2][0] != found[4][0]
-    assert found[0][1] == pytest.approx(50 * margin, rel=1e-3) and found[3][1] != margin
+    assert [f[0] == plain for f in found] == [False, False, True, False] and found[1][0] != found[3][0]
+    assert found[2][1] != margin
+
+
+def test_before_training_the_accuracy_is_a_half(small_run):
+    """Every margin is 0 up to rounding; one that is exactly 0 is half right. As wrong it was 0.19 at the first step."""
+    rows, _ = small_run(lr=1e-12, epochs=3)
+    assert 0.2 < sum(row["accuracy"] for row in rows[:-1]) / len(rows[:-1]) < 0.8
+    chosen = torch.tensor([1.0, 2.0, 3.0])
+    assert half_ties(chosen, torch.tensor([1.0, 1.0, 4.0])).tolist() == [0.5, 1.0, 0.0]
 
 
 def test_micro_batches_change_nothing_and_accuracy_is_a_mean_over_pairs(small_run):
-    """Three epochs with 12 pairs at once, and as 5, 5, 2; another state of torch's own random stream changes nothing either."""
+    """Four epochs with 12 pairs at once, and as 5, 5, 2; another state of torch's own random stream changes nothing either."""
     torch.manual_seed(1)
-    whole, _ = small_run(epochs=3, lr=1e-3)
+    whole, _ = small_run(epochs=4, lr=1e-3)
     torch.manual_seed(2)
-    split, _ = small_run(epochs=3, lr=1e-3, micro_batch_size=5)
-    assert len(whole) == len(split) == 20  # 76 pairs in batches of 12, three times: 19 steps; and the last row
+    split, _ = small_run(epochs=4, lr=1e-3, micro_batch_size=5)
+    assert len(whole) == len(split) == 26  # 76 pairs in batches of 12, four times: 25 steps; and the last row
     for step, (a, b) in enumerate(zip(whole[:-1], split[:-1])):
         for name in ("loss", "margin", "chosen_reward", "chosen_logprobs", "grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-3), name
-        assert round(12 * b["accuracy"]) / 12 == pytest.approx(b["accuracy"], abs=1e-6)
+        assert round(24 * b["accuracy"]) / 24 == pytest.approx(b["accuracy"], abs=1e-6)  # a tie counts half
         if step:  # before the first update every margin is 0, give or take rounding, and so has no sign to agree on
             assert a["accuracy"] == pytest.approx(b["accuracy"], abs=1 / 12 + 1e-6)
     assert whole[-2]["accuracy"] > 0.9 and whole[-2]["loss"] < 0.6  # it learns these pairs by heart
@@ -368,7 +383,8 @@ def test_reference_logprobs_are_kept_of_these_weights_pairs_and_dtype(small_run,
     """The second run of the same pairs does not compute them again and ends with the same weights; pairs in another order, or
     bf16, get a file of their own, and with a learning rate of almost zero every loss is ln 2 with each of them."""
     own, computed, original = dict(sft=str(shutil.copytree(sft_run, tmp_path / "own/sft"))), [], summed_logprobs
-    monkeypatch.setattr(dpo, "summed_logprobs", lambda *args: computed.append(len(args[1])) or original(*args))
+    for module in dpo, pipeline:
+        monkeypatch.setattr(module, "summed_logprobs", lambda *args: computed.append(len(args[1])) or original(*args))
     kept = lambda: sorted((tmp_path / "own/ref-logprobs").iterdir())  # noqa: E731
     first, again = (small_run(**own)[1] for _ in range(2))
     assert computed == [160, 4, 4, 4, 4] and len(kept()) == 1  # all 80 pairs once, and each time those that are held out

@@ -1,24 +1,32 @@
 """evaluate.py: the optimal curve and best-of-n against enumeration, shares, win rates, errors, and who owns which number."""
+import contextlib
 import copy
+import dataclasses
+import inspect
 import itertools
+import json
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-import common
+import data.reviews
 import dpo
 import evaluate
 import sft
+from common import pipeline, tasks
 from common.files import sha256
+from common.rewards import classifier_logits, exact_reward
 from conftest import log_of, tiny_gpt
 from data.reviews.grammar import gold_reward
 from common.tokenizer import Tokenizer, train_bpe
-from evaluate import (Bank, Policy, best_of_n_kl, best_of_n_weights, beta_at, classifier_logits, effective_sample_size,
-                      frontier, mean_and_error, optimal_kl, optimal_reward, optimal_weights, sample_policy, share_of_optimum,
-                      summary, win_rate)
+from evaluate import (Bank, PolicySamples, best_of_n_kl, best_of_n_weights, beta_at, effective_sample_size, optimal_curve,
+                      optimal_kl, optimal_reward, optimal_weights, sample_policy, share_of_optimum, summary, win_rate)
+import common.run as run_module
 from common.run import load_run
+from common.statistics import mean_se
 from model import GPTConfig, ScalarModel
 
 
@@ -53,7 +61,7 @@ def test_optimum_of_a_known_distribution_from_samples():
 def test_nothing_beats_the_optimum_at_its_kl():
     """500 random distributions, near and far: none has more reward than the optimum whose KL is the same."""
     rewards, draw = uniform(1, 16), torch.Generator().manual_seed(1)
-    curve, compared = frontier(rewards), 0
+    curve, compared = optimal_curve(rewards), 0
     for scale in torch.logspace(-2, 1, 500):
         direction = torch.randn(16, generator=draw, dtype=torch.double) + 2 * (rewards[0] - 0.5) / 0.29
         q = torch.softmax(scale * direction, 0)
@@ -66,7 +74,7 @@ def test_nothing_beats_the_optimum_at_its_kl():
 
 
 def test_the_curve_rises_until_the_bank_ends():
-    curve = frontier(uniform(20, 64), points=40)
+    curve = optimal_curve(uniform(20, 64), points=40)
     for name, sign in (("beta", -1), ("kl", 1), ("reward", 1), ("ess", -1)):
         assert all(sign * a[name] < sign * b[name] for a, b in zip(curve, curve[1:])), name
     assert curve[0]["kl"] < 1e-3 and curve[0]["ess"] == pytest.approx(64, rel=1e-3)
@@ -75,7 +83,7 @@ def test_the_curve_rises_until_the_bank_ends():
 
 def test_beta_at_inverts_the_kl():
     rewards = uniform(20, 64)
-    curve = frontier(rewards)
+    curve = optimal_curve(rewards)
     for beta in (20.0, 1.0, 0.2, 0.12):
         assert beta_at(rewards, optimal_kl(rewards, beta).mean().item(), curve) == pytest.approx(beta, rel=1e-6)
     assert beta_at(rewards, 99.0, curve) == pytest.approx(curve[-1]["beta"])  # no further than the curve
@@ -102,7 +110,7 @@ def test_best_of_n_of_uniform_rewards():
     """The mean of the largest of n uniform numbers is n / (n + 1)."""
     rewards = uniform(4000, 16)
     for n in (1, 2, 4, 8):
-        mean, error = mean_and_error((best_of_n_weights(rewards, n) * rewards).sum(1))
+        mean, error = mean_se((best_of_n_weights(rewards, n) * rewards).sum(1))
         assert abs(mean - n / (n + 1)) < 4 * error
 
 
@@ -128,7 +136,7 @@ def test_best_of_n_kl_is_a_bound_that_many_outcomes_reach():
 def test_share_of_the_optimum():
     """1 for every optimum on the curve, 0 for pi_ref, a half for half the gain."""
     rewards = uniform(20, 64)
-    curve, ref = frontier(rewards), uniform(20, 64).mean().item()
+    curve, ref = optimal_curve(rewards), uniform(20, 64).mean().item()
     for point in curve:
         assert share_of_optimum(curve, point["reward"], point["kl"], ref) == (pytest.approx(1), True)
         assert share_of_optimum(curve, (point["reward"] + ref) / 2, point["kl"], ref) == (pytest.approx(0.5), True)
@@ -155,8 +163,8 @@ def test_win_rate_counts_all_comparisons_and_half_of_the_ties():
 
 
 def test_mean_and_standard_error():
-    assert mean_and_error(torch.tensor([1.0, 2.0, 3.0, 4.0])) == (2.5, pytest.approx(math.sqrt(5 / 3) / 2))
-    means, errors = zip(*(mean_and_error(uniform(100, seed=seed)) for seed in range(400)))
+    assert mean_se(torch.tensor([1.0, 2.0, 3.0, 4.0])) == (2.5, pytest.approx(math.sqrt(5 / 3) / 2))
+    means, errors = zip(*(mean_se(uniform(100, seed=seed)) for seed in range(400)))
     spread = torch.tensor(means).std().item()  # of the mean of 100 uniform numbers: 1 / sqrt(12) / 10
     assert sum(errors) / 400 == pytest.approx(1 / math.sqrt(1200), rel=0.02) == pytest.approx(spread, rel=0.15)
 
@@ -166,9 +174,9 @@ def test_the_table():
     M, N = 30, 64
     bank = Bank([""] * M, uniform(M, N, seed=3).float(), torch.arange(M)[:, None].expand(M, N), [[""] * N] * M)
     rewards, kl, lengths = (uniform(M, 1, seed=s).float().expand(M, 4) for s in (4, 5, 6))  # the four samples are copies
-    table = summary(bank, {"ours": Policy(0.4 + 0.6 * rewards, kl, lengths, [])}, end_beta=0.2)
+    table = summary(bank, {"ours": PolicySamples(0.4 + 0.6 * rewards, kl, lengths, [])}, end_beta=0.2)
     assert list(table) == ["SFT", "ours", "best of 2", "best of 4", "best of 16", "optimum at the KL of ours",
-                           "optimum, where theory ends"]
+                           "limit of this run in theory"]
     ours = table["ours"]
     for name, tensor in (("reward", 0.4 + 0.6 * rewards), ("kl", kl), ("length", lengths)):
         assert ours[name] == pytest.approx(tensor.mean().item(), rel=1e-5)
@@ -203,8 +211,8 @@ def test_a_long_text_is_scored_window_by_window():
     assert classifier_logits(model, tokenizer, texts).tolist() == pytest.approx([by_hand(text) for text in texts], abs=1e-5)
 
 
-def test_the_gold_reward_of_reviews_reads_prompt_and_response(tmp_path):
-    gold = evaluate.gold_reward("reviews", tmp_path)
+def test_the_gold_reward_of_reviews_reads_prompt_and_response(small_reviews):
+    gold = exact_reward("reviews")
     found = gold(["The plot was", "The plot wasn't"], [" superb.", " superb."]).tolist()
     assert found == pytest.approx([gold_reward("The plot was superb."), gold_reward("The plot wasn't superb.")])
 
@@ -225,37 +233,96 @@ def test_samples_and_rewards_stay_with_their_prompts(sft_run):
     assert len(set(texts[:300])) > 250  # and not the same response again and again
 
 
-def test_a_bank_is_of_one_policy(sft_run, small_reviews, tmp_path):
-    """It is sampled once and read back as it was; another policy's weights stop, with the setting that differs."""
-    ref, _ = load_run(sft_run)
-    tokenizer = Tokenizer.load(sft_run / "tokenizer.tiktoken")
-    gold = evaluate.gold_reward("reviews", tmp_path)
-    first, again = (evaluate.ensure_bank(tmp_path, "reviews", "cpu", ref, tokenizer, "weights", g) for g in (gold, None))
+@pytest.fixture
+def start(sft_run, small_reviews, tmp_path):
+    """What a run on the small task starts from, with a folder of its own."""
+    begun = pipeline.load(sft_run, "reviews", "cpu")
+    begun.folder, begun.gold = tmp_path, exact_reward("reviews")
+    return begun
+
+
+def test_a_bank_is_of_one_policy_and_one_gold_reward(start):
+    """It is sampled once and read back as it was; another policy or gold reward stops, with what differs."""
+    first, again = pipeline.sample_bank(start), pipeline.sample_bank(start)
     assert first.responses == again.responses and torch.equal(first.rewards, again.rewards) and first.rewards.shape == (8, 16)
     for prompt, responses, rewards in zip(first.prompts, first.responses, first.rewards.tolist()):
         assert rewards == pytest.approx([gold_reward(prompt + response) for response in responses], abs=1e-6)
-    with pytest.raises(SystemExit, match="policy was 'weights', now 'other weights'"):
-        evaluate.ensure_bank(tmp_path, "reviews", "cpu", ref, tokenizer, "other weights", gold)
+    for name, change in (("policy", dict(policy_id="other")), ("gold", dict(gold=dataclasses.replace(start.gold, id="other")))):
+        with pytest.raises(SystemExit, match=f"{name} was '.*', now 'other': delete"):
+            pipeline.sample_bank(dataclasses.replace(start, **change))
+    assert pipeline.sample_bank(start, samples=4).rewards.shape == (8, 4)  # beside the other
+
+
+@pytest.mark.parametrize("damage, said", [
+    (lambda row: row["rewards"].pop(), "line 3: expected 16 responses"),
+    (lambda row: row["rewards"].__setitem__(5, float("nan")), "line 3: a reward or length is no finite number"),
+    (lambda row: row["rewards"].__setitem__(5, "much"), "line 3: a reward or length is no finite number"),
+    (None, "has 3 of 8 prompts")])
+def test_a_damaged_bank_stops_by_name(damage, said, start, tmp_path):
+    pipeline.sample_bank(start)
+    path = tmp_path / "bank/bank.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    if damage:
+        damage(rows[2])
+    path.write_text("".join(json.dumps(row) + "\n" for row in (rows if damage else rows[:3])))
+    with pytest.raises(SystemExit, match=said):
+        pipeline.sample_bank(start)
+    (tmp_path / "bank/config.json").unlink()
+    with pytest.raises(SystemExit, match="without a config.json"):
+        pipeline.sample_bank(start)
+
+
+def test_the_id_of_a_gold_reward_is_of_its_code_and_of_what_it_says(small_reviews, monkeypatch):
+    """Another text of the same function, or another table that it reads: another reward. A comment changes nothing."""
+    def with_reward(function):
+        monkeypatch.setattr(data.reviews, "TASK", dataclasses.replace(data.reviews.TASK, gold_reward=function))
+        return exact_reward("reviews").id
+    liked = {"superb"}
+
+    def plain(text):
+        return float(any(word in text for word in liked))
+    before = with_reward(plain)
+    assert before == with_reward(plain)
+
+    def documented(text):
+        """The same, with something to read."""
+        return float(any(word in text for word in liked))  # and a comment
+    documented.__name__ = "plain"
+    source = inspect.getsource(documented).replace("documented", "plain")
+    monkeypatch.setattr(inspect, "getsource", lambda function: source)
+    assert with_reward(documented) == before
+    monkeypatch.undo()
+    monkeypatch.setattr(tasks, "prepared", lambda dataset: small_reviews)
+    liked.add("film")
+    assert with_reward(plain) != before
+    liked.remove("film")
+
+    def negated(text):
+        return 1.0 - float(any(word in text for word in liked)) if "zyx" in text else float(any(w in text for w in liked))
+    assert with_reward(negated) != before  # though it says the same of every text of the task
 
 
 # ---- along training --------------------------------------------------------------------------------------------------
 
-def test_a_measurement_is_the_tables_row_of_the_same_samples(sft_run, small_reviews, tmp_path, monkeypatch):
+def test_a_measurement_is_the_tables_row_of_the_same_samples(start, tmp_path, monkeypatch):
     """Reward, KL and length with their errors, as `summary` has them; measuring twice gives the same, and the reference
     itself has a KL of 0 within rounding."""
-    ref, _ = load_run(sft_run)
-    tokenizer = Tokenizer.load(sft_run / "tokenizer.tiktoken")
-    policy, draw, sampled = copy.deepcopy(ref), torch.Generator().manual_seed(0), []
+    policy, draw, sampled = copy.deepcopy(start.ref), torch.Generator().manual_seed(0), []
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=draw)
-    gold, sample = evaluate.gold_reward("reviews", tmp_path), evaluate.sample_policy
-    bank = evaluate.ensure_bank(tmp_path, "reviews", "cpu", ref, tokenizer, "weights", gold)
+    sample = evaluate.sample_policy
+    start.bank = pipeline.sample_bank(start)
     monkeypatch.setattr(evaluate, "sample_policy", lambda *a, **k: sampled.append(sample(*a, **k)) or sampled[-1])
-    found, again, of_ref = (evaluate.measure(model, ref, tokenizer, bank, gold) for model in (policy, policy, ref))
-    row = summary(bank, {"ours": sampled[0]})["ours"]
-    assert found == again == {name: row[name] for name in ("reward", "reward_se", "kl", "kl_se", "length", "length_se")}
-    assert abs(of_ref["kl"]) < 1e-5 < 0.1 < found["kl"]
+    run = SimpleNamespace(rows=[], paused=contextlib.nullcontext)
+    run.log = lambda **row: run.rows.append(row)
+    for model in (policy, policy, start.ref):
+        evaluate.log_evaluation(run, 7, model, start)
+    found, again, of_ref = run.rows
+    row = summary(start.bank, {"ours": sampled[0]})["ours"]
+    names = ("reward", "reward_se", "kl", "kl_se", "length", "length_se")
+    assert found == again == {"step": 7} | {f"eval_{name}": row[name] for name in names}
+    assert abs(of_ref["eval_kl"]) < 1e-5 < 0.1 < found["eval_kl"]
 
 
 STEPS = 6  # of the runs below
@@ -266,7 +333,7 @@ def short_run(request, sft_run, pairs_file, small_reviews, tmp_path, monkeypatch
     """run(name, **settings) trains 6 steps, far from the policy it starts from, and returns the run folder."""
     sample = evaluate.sample_policy
     monkeypatch.setattr(evaluate, "sample_policy", lambda *args, **_: sample(*args))  # 4 responses a prompt are enough here
-    monkeypatch.setattr(dpo, "draw", lambda *args: None)
+    monkeypatch.setattr(evaluate, "draw_run", lambda *args: None)
     settings = dict(pairs=str(pairs_file), batch_size=12, warmup=1, lr=1e-2)
     settings |= (dict(sft=str(sft_run)) if request.param == "dpo" else
                  dict(on="chosen", init=str(sft_run), block_size=112, steps=STEPS))
@@ -296,7 +363,7 @@ def test_evaluating_on_the_way_changes_no_weight(short_run):
 def test_evaluating_takes_none_of_the_seconds_of_training(short_run, monkeypatch):
     """On a clock on which an evaluation takes 100 s and a step 1 s, training takes 6 s. And a number of steps that does not
     divide the run does not keep it from being evaluated at its end."""
-    now, measure, finite = 1000.0, evaluate.measure, common.run.Run.check_finite
+    now, sample, finite = 1000.0, evaluate.sample_policy, run_module.Run.check_finite
 
     def passes(seconds, function):
         def slow(*args, **keywords):
@@ -304,12 +371,12 @@ def test_evaluating_takes_none_of_the_seconds_of_training(short_run, monkeypatch
             now += seconds
             return function(*args, **keywords)
         return slow
-    monkeypatch.setattr(evaluate, "measure", passes(100.0, measure))
-    monkeypatch.setattr(common.run.Run, "check_finite", passes(1.0, finite))
+    monkeypatch.setattr(evaluate, "sample_policy", passes(100.0, sample))
+    monkeypatch.setattr(run_module.Run, "check_finite", passes(1.0, finite))
     monkeypatch.setattr(time, "time", lambda: now)
     folder = short_run("run", evaluate_every=4)
     assert list(evaluations(folder)) == [0, 4, STEPS]
-    assert now == 1000 + 3 * 100 + STEPS and log_of(folder)[-1]["seconds"] == STEPS
+    assert log_of(folder)[-1]["seconds"] == STEPS and now >= 1000 + 3 * 100 + STEPS
 
 
 def test_the_reference_stays_the_policy_that_was_started_from_also_after_a_resume(short_run, monkeypatch):
@@ -322,9 +389,9 @@ def test_the_reference_stays_the_policy_that_was_started_from_also_after_a_resum
         save(path, state)
         if state["step"] == 4:
             raise Stopped
-    alone, save = short_run("alone", evaluate_every=2), common.run.save_checkpoint
+    alone, save = short_run("alone", evaluate_every=2), run_module.save_checkpoint
     with monkeypatch.context() as patch:
-        patch.setattr(common.run, "save_checkpoint", save_until_4)
+        patch.setattr(run_module, "save_checkpoint", save_until_4)
         with pytest.raises(Stopped):
             short_run("resumed", evaluate_every=2, checkpoint_every=0.0)
     resumed = short_run("resumed", evaluate_every=2, resume=True)

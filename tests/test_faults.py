@@ -3,6 +3,7 @@
 Weights are compared bit by bit: a run that was stopped and went on must end where one that was left alone ends.
 """
 import contextlib
+import dataclasses
 import errno
 import io
 import json
@@ -22,23 +23,26 @@ import pytest
 import torch
 
 import clone
-from clone import root  # noqa: F401  (a fixture)
-import common
-from common import tasks
+import data.reviews
 import dpo
 import ppo
+import reinforce
 import reward_model
 import sft
+from clone import root  # noqa: F401  (a fixture)
+from common import files, pipeline, rewards, run as run_module, tasks
+from common.run import Run, load_checkpoint, save_checkpoint, save_tensors
 from common.tokenizer import Tokenizer
+from conftest import skip_without_loopback
 
 SEED = random.randrange(10**6)  # of the moments of the kills: another one every time, and shown where a test fails
 STAGES = {"sft": clone.TINY,
-          "reward_model": "--sft {work}/runs/reviews/sft --pairs {work}/pairs.jsonl --batch-size 4 --epochs 12".split(),
-          "gold": "--on labels --sft {work}/runs/reviews/sft --batch-size 8 --epochs 2".split(),
-          "dpo": "--sft {work}/runs/reviews/sft --pairs {work}/pairs.jsonl --batch-size 4 --epochs 12".split(),
-          "ppo": "--sft {work}/runs/reviews/sft --reward gold --batch-size 8 --steps 16 --minibatches 2 --warmup 3 --lr 5e-3 "
-                 "--target-kl 0.5 --horizon 20".split()}
-SCRIPT = {"gold": "reward_model"}  # the script of a stage, where it has another name
+          "reward_model": "--sft {work}/runs/reviews/sft --pairs {work}/pairs.jsonl --batch-size 4 --epochs 12 --warmup 5".split(),
+          "classifier": "--dataset reviews --sft {work}/runs/reviews/sft --batch-size 8 --epochs 2 --warmup 5".split(),
+          "dpo": "--sft {work}/runs/reviews/sft --pairs {work}/pairs.jsonl --batch-size 4 --epochs 12 --bank-samples 8".split(),
+          "ppo": "--sft {work}/runs/reviews/sft --reward gold --bank-samples 8 --batch-size 8 --steps 16 --minibatches 2 --warmup 3 --lr 5e-3 "
+                 "--target-kl 0.5 --horizon 20".split(),
+          "reinforce": "--sft {work}/runs/reviews/sft --reward gold --bank-samples 8 --batch-size 8 --steps 16 --warmup 3 --lr 5e-3".split()}
 EVERY_STEP = ("--checkpoint-every", "0")
 
 
@@ -48,8 +52,7 @@ def work(root, tmp_path_factory) -> Path:
     work = tmp_path_factory.mktemp("work")
     clone.write_pairs(work / "pairs.jsonl")
     for stage in STAGES:
-        out = [] if stage == "sft" else ["--out", f"runs/reviews/{stage}"]
-        assert run(root, work, stage, *arguments(stage, work), *out) == 0
+        assert run(root, work, stage, *arguments(stage, work), "--out", f"runs/reviews/{stage}") == 0
     return work
 
 
@@ -58,7 +61,7 @@ def arguments(stage: str, work: Path) -> list[str]:
 
 
 def run(root: Path, cwd: Path, stage: str, *argv: str) -> int | str | None:
-    return clone.run_here(root, cwd, SCRIPT.get(stage, stage), *argv)
+    return clone.run_here(root, cwd, stage, *argv)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -115,7 +118,7 @@ def test_killed_and_resumed_ends_where_an_undisturbed_run_ends(stage, root, work
     for _ in range(2 if stage == "sft" else 1):
         at = last_step(folder) + when.randint(3, 12)
         resume = ["--resume"] if folder.exists() else []
-        process = clone.start(root, SCRIPT.get(stage, stage), *command, *EVERY_STEP, *resume, cwd=tmp_path)
+        process = clone.start(root, stage, *command, *EVERY_STEP, *resume, cwd=tmp_path)
         assert stop_at(signal.SIGKILL, process, folder, at)[0] == -signal.SIGKILL, f"seed {SEED}"
         assert not (folder / "model.pt").exists()
     assert run(root, tmp_path, stage, *command, "--resume") == 0
@@ -129,28 +132,83 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(stage, root, work, tmp_pat
     """Ctrl-C loses nothing: the step in hand is finished and saved, though no checkpoint was due for an hour."""
     folder = tmp_path / "run"
     command = [*arguments(stage, work), "--out", folder]
-    process = clone.start(root, SCRIPT.get(stage, stage), *command, "--checkpoint-every", "3600", cwd=tmp_path)
+    process = clone.start(root, stage, *command, "--checkpoint-every", "3600", cwd=tmp_path)
     wait_for(lambda: last_step(folder) >= 3, process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     said = messages(errors)
     assert len(said) == 1 and "--resume" in said[0], errors
-    done = common.run.load_checkpoint(folder / "checkpoint.pt")["step"]
+    done = load_checkpoint(folder / "checkpoint.pt")["step"]
     assert said[0] == f"stopped after step {done}; go on with --resume" and done > last_step(folder)
     assert run(root, tmp_path, stage, *command, "--resume") == 0
     assert same_weights(folder, work / "runs/reviews" / stage) and log(folder) == log(work / "runs/reviews" / stage)
 
 
-def test_ctrl_c_outside_the_training_loop_prints_no_traceback(root, work, tmp_path):
-    """While samples are drawn no Run is there to catch it: still one line and the status that a shell shows as 130."""
-    (tmp_path / "runs").mkdir()
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, (130, -signal.SIGINT)), (signal.SIGTERM, (130, -signal.SIGINT))])
+def test_a_run_that_is_stopped_while_it_is_evaluated_goes_on_there(number, status, root, work, tmp_path):
+    """After the last step there is a checkpoint: what is left is the evaluation, and no step is trained again. No traceback
+    and one line, where no Run is there to catch the signal."""
     shutil.copytree(work / "runs/reviews/sft", tmp_path / "runs/sft")
-    process = clone.start(root, "dpo", "--sft", "runs/sft", "--pairs", work / "pairs.jsonl", "--out", "runs/dpo", cwd=tmp_path)
-    wait_for((tmp_path / "runs/dpo/model.pt").exists, process)  # training is over, the policy is being sampled
-    process.send_signal(signal.SIGINT)
+    command = ["--sft", "runs/sft", "--pairs", work / "pairs.jsonl", "--out", "runs/dpo", "--batch-size", "4", "--warmup", "1"]
+    process = clone.start(root, "dpo", *command, cwd=tmp_path)
+    folder = tmp_path / "runs/dpo"
+    wait_for(lambda: (folder / "checkpoint.pt").exists() and last_row(folder).get("held_out_loss"), process)  # sampling begins
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode in (130, -signal.SIGINT) and messages(errors) == ["stopped"], errors
+    assert process.returncode in status and messages(errors) == ["stopped"], errors
+    assert not (folder / "model.pt").exists()
+    trained = log(folder)
+    assert run(root, tmp_path, "dpo", *command) == "error: runs/dpo holds an unfinished run: go on with --resume, or delete the folder"
+    assert run(root, tmp_path, "dpo", *command, "--resume") == 0
+    assert log(folder) == trained and (folder / "evaluation.json").exists() and (folder / "model.pt").exists()
+
+
+def last_row(folder: Path) -> dict:
+    path = folder / "log.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return json.loads(lines[-1]) if lines else {}
+
+
+def test_sigterm_saves_as_ctrl_c_does(root, work, tmp_path):
+    """By which a scheduler ends a job: the step in hand is finished and saved, and the status says which signal it was."""
+    process = clone.start(root, "sft", *clone.TINY, "--steps", "2000", "--out", "run", "--checkpoint-every", "3600", cwd=tmp_path)
+    wait_for(lambda: last_step(tmp_path / "run") >= 3, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    done = load_checkpoint(tmp_path / "run/checkpoint.pt")["step"]
+    assert process.returncode == 143 and messages(errors) == [f"stopped after step {done}; go on with --resume"]
+
+
+@pytest.mark.parametrize("script, argv", [("dpo", ["--help"]), ("bt", ["--help"]), ("experiments/frontier", ["--help"]),
+                                          ("evaluate", ["--help"])])
+def test_ctrl_c_while_importing_prints_no_traceback(script, argv, root, tmp_path):
+    """Nearly all of a script's first second is the import of torch. Python itself, before our first line, is not ours."""
+    program = (f"import sys, os, signal, runpy\nsys.argv = [{str(root / script)!r} + '.py', *{argv!r}]\n"
+               f"sys.modules['__main__'].__file__ = sys.argv[0]\nsys.path.insert(0, {str(root)!r})\n"
+               "import common\nos.kill(os.getpid(), signal.SIGINT)\nimport torch\n")
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, env=clone.environment())
+    assert done.returncode in (130, -signal.SIGINT) and done.stderr == "\nstopped\n", done.stderr
+
+
+def test_the_second_of_two_processes_in_a_folder_stops(root, work, tmp_path):
+    """The first has the folder until it ends; one that was killed has nothing."""
+    command = [*clone.TINY, "--steps", "3000", "--out", "run", *EVERY_STEP]
+    first = clone.start(root, "sft", *command, cwd=tmp_path)
+    wait_for(lambda: last_step(tmp_path / "run") >= 0, first)
+    for more in ([], ["--resume"]):
+        second = clone.start(root, "sft", *command, *more, cwd=tmp_path)
+        _, errors = second.communicate(timeout=60)
+        assert second.returncode == 1 and len(messages(errors)) == 1
+        assert "another process is writing there" in errors or "holds an unfinished run" in errors
+    second = clone.start(root, "sft", *command, "--resume", cwd=tmp_path)
+    assert "another process is writing there" in second.communicate(timeout=60)[1]
+    first.kill()
+    first.communicate()
+    again = clone.start(root, "sft", *command, "--resume", cwd=tmp_path)
+    wait_for(lambda: last_step(tmp_path / "run") >= 30, again)
+    again.kill()
+    again.communicate()
 
 
 def test_one_seed_one_result(root, work, tmp_path):
@@ -173,7 +231,7 @@ class Stopped(Exception):
 def interrupted_sft(root: Path, work: Path, tmp_path: Path, monkeypatch, steps: int = 9) -> tuple[Path, list]:
     """An SFT run that stopped after `steps` steps, with a checkpoint of each; and the command that goes on with it."""
     folder, count = tmp_path / "run", 0
-    save = common.run.save_checkpoint
+    save = save_checkpoint
 
     def save_some(path, state):
         nonlocal count
@@ -184,7 +242,7 @@ def interrupted_sft(root: Path, work: Path, tmp_path: Path, monkeypatch, steps: 
 
     command = [*arguments("sft", work), "--out", folder, *EVERY_STEP]
     with monkeypatch.context() as patch:
-        patch.setattr(common.run, "save_checkpoint", save_some)
+        patch.setattr(run_module, "save_checkpoint", save_some)
         with pytest.raises(Stopped):
             clone.run_here(root, tmp_path, "sft", *command)
     return folder, [*command, "--resume"]
@@ -193,18 +251,33 @@ def interrupted_sft(root: Path, work: Path, tmp_path: Path, monkeypatch, steps: 
 def test_the_checkpoint_before_is_kept(tmp_path):
     """save_checkpoint leaves two files: the newest, and the one before it."""
     path = tmp_path / "checkpoint.pt"
-    assert common.run.load_checkpoint(path) is None
+    assert load_checkpoint(path) is None
     for step in range(4):
-        common.run.save_checkpoint(path, {"step": step})
-        assert common.run.load_checkpoint(path) == {"step": step}
-    assert common.run.load_checkpoint(tmp_path / "checkpoint.prev.pt") == {"step": 2}
+        save_checkpoint(path, {"step": step})
+        assert load_checkpoint(path) == {"step": step}
+    assert load_checkpoint(tmp_path / "checkpoint.prev.pt") == {"step": 2}
     assert sorted(os.listdir(tmp_path)) == ["checkpoint.prev.pt", "checkpoint.pt"]
     path.unlink()  # a kill between the two renames of a save leaves only the one before
-    assert common.run.load_checkpoint(path) == {"step": 2}
+    assert load_checkpoint(path) == {"step": 2}
+
+
+def flipped(content: bytes) -> bytes:
+    """One bit of a weight is another one; torch.load does not notice."""
+    middle = len(content) // 2
+    changed = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
+    assert isinstance(torch.load(io.BytesIO(changed), weights_only=True), dict)
+    return changed
+
+
+def other_state(_: bytes) -> bytes:
+    file = io.BytesIO()
+    torch.save({"x": 1}, file)
+    return file.getvalue()
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 2], lambda b: b"", lambda b: b[:200] + bytes(300) + b[500:],
-                                    lambda b: b"not a checkpoint"], ids=["half", "empty", "zeroed", "text"])
+                                    lambda b: b"not a checkpoint", lambda b: flipped(b), lambda b: other_state(b)],
+                         ids=["half", "empty", "zeroed", "text", "one byte", "other keys"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(damage, root, work, tmp_path, monkeypatch, capsys):
     """It costs one step, not the run: the resumed run still ends bit by bit where it would have."""
     folder, resume = interrupted_sft(root, work, tmp_path, monkeypatch)
@@ -240,11 +313,121 @@ def without(files: dict, name: str) -> dict:
     return {path: value for path, value in files.items() if path != name}
 
 
+def test_a_flipped_byte_in_a_model_is_noticed(root, work, tmp_path):
+    """It would train another policy, with nothing to tell by."""
+    shutil.copytree(work / "runs/reviews/sft", tmp_path / "sft")
+    path = tmp_path / "sft/model.pt"
+    path.write_bytes(flipped(path.read_bytes()))
+    said = run(root, tmp_path, "dpo", "--sft", "sft", "--pairs", work / "pairs.jsonl", "--out", "new")
+    assert said == "error: sft/model.pt: cannot be read (its checksum does not fit)"
+
+
+def resumable(root, work, tmp_path, monkeypatch) -> tuple[Path, list]:
+    folder, resume = interrupted_sft(root, work, tmp_path, monkeypatch, steps=25)
+    assert [row["step"] for row in log(folder)] == [0, 10, 20]
+    return folder, resume
+
+
+def change_checkpoint(folder: Path, **changes) -> None:
+    state = run_module.load_tensors(folder / "checkpoint.pt")
+    for name in ("checkpoint.pt", "checkpoint.prev.pt"):
+        save_tensors(folder / name, {**state, **changes})
+
+
+BAD_STATES = {  # what has happened to the folder of a stopped run: what is said
+    "no log": (lambda f: (f / "log.jsonl").unlink(), "has 0 of the 3 rows before step 25"),
+    "log of NUL": (lambda f: (f / "log.jsonl").write_bytes(bytes(300)), "has 0 of the 3 rows before step 25"),
+    "log cut": (lambda f: (f / "log.jsonl").write_text("".join((f / "log.jsonl").read_text().splitlines(True)[:2])), "has 2 of the 3"),
+    "log damaged": (lambda f: (f / "log.jsonl").write_bytes((f / "log.jsonl").read_bytes()[:60] + b"\xff}\n{"), "of the 3 rows"),
+    "log a folder": (lambda f: ((f / "log.jsonl").unlink(), (f / "log.jsonl").mkdir()), "log.jsonl: cannot be read"),
+    "no config": (lambda f: (f / "config.json").unlink(), "a checkpoint without config.json"),
+    "config a list": (lambda f: (f / "config.json").write_text("[]"), "config.json: expected a JSON object, found list"),
+    "config null": (lambda f: (f / "config.json").write_text("null"), "config.json: expected a JSON object, found NoneType"),
+    "config nested": (lambda f: (f / "config.json").write_text("[" * 100_000), "config.json: not JSON"),
+    "step beyond": (lambda f: change_checkpoint(f, step=10**6), "is of step 1000000, and this run has 80"),
+    "other shapes": (lambda f: change_checkpoint(f, model={"wte.weight": torch.zeros(2, 2)}), "is of another model ("),
+    "an optimizer less": (lambda f: change_checkpoint(f, optimizers=[]), "is of another model (")}
+
+
+@pytest.mark.parametrize("case", BAD_STATES)
+def test_a_folder_that_is_not_as_it_was_left_stops_in_one_line(case, root, work, tmp_path, monkeypatch):
+    """Nothing is taken as it is, and nothing more is lost: the run can still be rescued by hand."""
+    folder, resume = resumable(root, work, tmp_path, monkeypatch)
+    damage, expected = BAD_STATES[case]
+    damage(folder)
+    before = tree(folder)
+    said = clone.run_here(root, tmp_path, "sft", *resume)
+    assert isinstance(said, str) and said.startswith("error: ") and expected in said and "\n" not in said, said
+    assert tree(folder) == before
+
+
+def test_rows_after_the_checkpoint_are_logged_again_and_what_is_broken_there_does_not_matter(root, work, tmp_path, monkeypatch):
+    folder, resume = resumable(root, work, tmp_path, monkeypatch)
+    with (folder / "log.jsonl").open("ab") as file:
+        file.write(b'{"step": 30, "loss": 9}\ngarbage}\n{"step": 4')
+    assert clone.run_here(root, tmp_path, "sft", *resume) == 0
+    assert log(folder) == log(work / "runs/reviews/sft") and same_weights(folder, work / "runs/reviews/sft")
+
+
+def test_a_run_that_begins_anew_is_unfinished_until_it_has_ended(root, work, tmp_path, monkeypatch):
+    """The same command twice: an old model.pt beside a new log would pass for a finished run."""
+    command = [*arguments("dpo", work), "--out", "run"]
+    assert run(root, tmp_path, "dpo", *command) == 0
+    def stop(*_, **__):
+        raise Stopped
+    with monkeypatch.context() as patch:
+        patch.setattr(dpo, "losses_of", stop)
+        with pytest.raises(Stopped):
+            run(root, tmp_path, "dpo", *command)
+    assert not (tmp_path / "run/model.pt").exists() and not (tmp_path / "run/evaluation.json").exists()
+
+
+def test_a_setting_that_an_old_run_does_not_know_had_its_default(root, work, tmp_path):
+    """A new field in a Config must not make every finished run unusable; another value of it is another run."""
+    shutil.copytree(work / "runs/reviews/dpo", tmp_path / "run")
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    del config["label_smoothing"], config["bank_samples"]
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    command = [*arguments("dpo", work), "--out", "run"]
+    assert "label_smoothing was 0.0, now 0.1" in run(root, tmp_path, "dpo", *command, "--label-smoothing", "0.1")
+    assert run(root, tmp_path, "dpo", *command) == 0
+
+
+@pytest.mark.parametrize("out", ["a\0b", "x" * 300, "a/" + "y" * 300, "\ud800"], ids=["NUL", "long", "long below", "surrogate"])
+def test_a_name_that_no_folder_can_have_is_refused(out, root, tmp_path):
+    said = clone.run_here(root, tmp_path, "sft", "--out", out)
+    assert said.startswith("error: ") and "no name for a folder" in said and "\n" not in said and len(said) < 400
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path):
+    """Temporary files of processes that are gone; those of one that runs stay."""
+    left = tmp_path / ".bank.jsonl.999999999.tmp"
+    ours = tmp_path / f".bank.jsonl.{os.getppid()}.tmp"
+    for path in (left, ours):
+        path.write_text("half")
+    files.write_json(tmp_path / "bank.jsonl", {})
+    assert sorted(os.listdir(tmp_path)) == [ours.name, "bank.jsonl"]
+    folder = tmp_path / ".prepared.999999999.tmp"
+    folder.mkdir()
+    tasks.publish(tmp_path / "prepared", "x", lambda temporary: {"n": (temporary / "train.jsonl").write_text("{}\n")})
+    assert not folder.exists() and (tmp_path / "prepared").exists()
+
+
+def test_output_that_nobody_reads_costs_nothing(root, work, tmp_path):
+    """python dpo.py | head -1: the evaluation is written before a line of it is printed, and there is no traceback."""
+    command = [sys.executable, str(root / "dpo.py"), *arguments("dpo", work), "--out", "run"]
+    done = subprocess.run(["bash", "-c", '"$@" 2>err | head -1', "bash", *command], cwd=tmp_path, env=clone.environment())
+    said = messages((tmp_path / "err").read_text())
+    assert done.returncode == 0 and not [line for line in said if "Traceback" in line or "Error" in line], said
+    assert {"evaluation.json", "samples.jsonl", "figure.png", "model.pt"} <= set(os.listdir(tmp_path / "run"))
+
+
 @pytest.mark.parametrize("where", ["fsync", "rename"])
 def test_a_failing_write_leaves_the_old_file(where, tmp_path, monkeypatch):
     """No space at the last moment: one line, the old file as it was, and no half of a new one."""
     path = tmp_path / "checkpoint.pt"
-    common.run.save_checkpoint(path, {"step": 1})
+    save_checkpoint(path, {"step": 1})
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -252,8 +435,8 @@ def test_a_failing_write_leaves_the_old_file(where, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync" if where == "fsync" else "replace", full)
         with pytest.raises(SystemExit, match=r"^error: .*checkpoint.pt: cannot be written \(No space left on device\)$"):
-            common.run.save_checkpoint(path, {"step": 2})
-    assert common.run.load_checkpoint(path) == {"step": 1}
+            save_checkpoint(path, {"step": 2})
+    assert load_checkpoint(path) == {"step": 1}
     assert os.listdir(tmp_path) == ["checkpoint.pt"]
 
 
@@ -261,15 +444,15 @@ def test_a_failing_write_leaves_the_old_file(where, tmp_path, monkeypatch):
 def test_a_disk_that_fills_up_while_torch_saves(room, tmp_path):
     """The real thing, by the limit on the size of a file: torch makes a RuntimeError of it that tells nobody anything."""
     path = tmp_path / "checkpoint.pt"
-    common.run.save_checkpoint(path, {"step": 1})
+    save_checkpoint(path, {"step": 1})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
         with pytest.raises(SystemExit, match=r"cannot be written \(File too large\)$"):
-            common.run.save_checkpoint(path, {"step": 2, "weights": torch.ones(10_000)})  # 40,000 bytes and some
+            save_checkpoint(path, {"step": 2, "weights": torch.ones(10_000)})  # 40,000 bytes and some
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert common.run.load_checkpoint(path) == {"step": 1}
+    assert load_checkpoint(path) == {"step": 1}
     assert os.listdir(tmp_path) == ["checkpoint.pt"]
 
 
@@ -365,16 +548,17 @@ def test_no_file_we_load_runs_code(packed, root, work, tmp_path, monkeypatch, ca
                     lambda: clone.run_here(root, tmp_path, "evaluate", "runs/reviews/dpo")):
         said = attempt()
         assert said.startswith("error: ") and "\n" not in said and not marker.exists(), said
-    import evaluate
+    (tmp_path / "runs/imdb/gold/config.json").write_text("{}")
     with pytest.raises(SystemExit, match="cannot be read"):
-        evaluate.gold_reward("imdb", tmp_path / "runs/imdb")
+        rewards.gold_model(tmp_path / "runs/imdb/gold")
     assert not marker.exists() and not (tmp_path / "new").exists()
 
 
 # ---- NaN -------------------------------------------------------------------------------------------------------------
 
 LOSSES = {"sft": (sft, "response_logprobs", "loss = nan"), "reward_model": (reward_model, "reward_loss", "loss = nan"),
-          "dpo": (dpo, "dpo_loss", "chosen_reward = nan"), "ppo": (ppo, "compute_rewards", "value_loss = nan")}
+          "dpo": (dpo, "dpo_loss", "chosen_reward = nan"), "ppo": (ppo, "compute_rewards", "value_loss = nan"),
+          "reinforce": (reinforce, "leave_one_out", "loss = nan")}
 
 
 @pytest.mark.parametrize("stage", LOSSES)
@@ -409,6 +593,7 @@ def test_one_nan_in_the_weights_stops_the_run(root, work, tmp_path):
     """A damaged policy: one NaN in the embedding, and nothing is sampled from it or trained on it."""
     shutil.copytree(work / "runs/reviews/sft", tmp_path / "poisoned/sft")
     state = torch.load(tmp_path / "poisoned/sft/model.pt", weights_only=True)
+    del state["checksum"]
     state["model"]["wte.weight"][100, 0] = float("nan")
     torch.save(state, tmp_path / "poisoned/sft/model.pt")
     for stage, argv in (("dpo", ["--sft", "poisoned/sft", "--pairs", work / "pairs.jsonl"]), ("ppo", ["--sft", "poisoned/sft"]),
@@ -422,9 +607,9 @@ def test_an_infinity_counts_as_well():
     """inf - inf is the NaN of the next step."""
     class Folder:
         folder = "runs/x"
-    common.run.Run.check_finite(Folder, 3, torch.tensor([5, 6]), loss=1.0)
+    Run.check_finite(Folder, 3, torch.tensor([5, 6]), loss=1.0)
     with pytest.raises(SystemExit, match=r"step 3: loss = 1.0, grad_norm = inf; rows \[5, 6\]"):
-        common.run.Run.check_finite(Folder, 3, torch.tensor([5, 6]), loss=1.0, grad_norm=float("inf"))
+        Run.check_finite(Folder, 3, torch.tensor([5, 6]), loss=1.0, grad_norm=float("inf"))
 
 
 # ---- what the stages build for one another ---------------------------------------------------------------------------
@@ -477,14 +662,14 @@ def test_a_damaged_prepared_file_is_named(damage, root, tmp_path):
 
 def test_pairs_and_bank_say_what_they_were_made_of_before_they_exist(root, work, tmp_path, monkeypatch):
     """A kill between the file and its settings must not leave pairs or a bank that would pass for those of any policy."""
-    import common.pairs
-    import evaluate
     shutil.copytree(work / "runs/reviews/sft", tmp_path / "runs/reviews/sft")
-    for module, name in ((common.pairs, "pairs-bt"), (evaluate, "bank")):
+    for name in ("pairs-bt", "bank"):
         def killed(path, rows):
-            raise Stopped
+            if path.parent.name == name:
+                raise Stopped
+            files.write_jsonl(path, rows)
         with monkeypatch.context() as patch:
-            patch.setattr(module, "write_jsonl", killed)
+            patch.setattr(pipeline, "write_jsonl", killed)
             with pytest.raises(Stopped):
                 clone.run_here(root, tmp_path, "dpo", "--sft", "runs/reviews/sft", *EVERY_STEP)
         assert os.listdir(tmp_path / "runs/reviews" / name) == ["config.json"]
@@ -494,26 +679,74 @@ def test_pairs_and_bank_say_what_they_were_made_of_before_they_exist(root, work,
     assert "pairs-bt was made with other settings: policy was" in said and "delete runs/reviews/pairs-bt" in said
 
 
-def test_a_fresh_clone_builds_what_it_lacks_once(root, tmp_path, monkeypatch):
-    """dpo.py alone makes the SFT policy, the pairs and the bank, and ppo.py the reward model, too; the next run finds them;
-    other settings stop by name."""
-    tiny = dict(n_layer=1, n_embd=32, n_head=2, batch_size=8, steps=60, warmup=5, lr=2e-2)
-    monkeypatch.setattr(sft.Config, "PRESETS", {("reviews", "cpu"): tiny})
+def tiny_task(**settings):
+    """The task `reviews` whose SFT policy is tiny."""
+    tiny = dict(n_layer=1, n_embd=32, n_head=2, batch_size=8, steps=60, warmup=5, lr=2e-2) | settings
+    preset = dataclasses.replace(data.reviews.TASK.presets["cpu"], settings={"sft": tiny}, pair_prompts=40, bank_samples=8)
+    return dataclasses.replace(data.reviews.TASK, presets={"cpu": preset})
+
+
+def test_a_fresh_clone_builds_what_it_lacks_once(root, tmp_path, monkeypatch, capsys):
+    """dpo.py alone makes the SFT policy, the pairs and the bank, and ppo.py the reward model, too, each said as the command that
+    a user would type; the next run finds them; other settings stop by name."""
+    monkeypatch.setattr(data.reviews, "TASK", tiny_task())
     assert clone.run_here(root, tmp_path, "dpo") == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("building what is missing: ")]
+    assert [line.split(": ")[1].split("   (")[0] for line in said] == ["python sft.py", "pairs", "the bank"]
+    assert all(" (about " in line for line in said)
     runs = tmp_path / "runs/reviews"
     assert sorted(os.listdir(runs)) == ["bank", "dpo-beta0.1-seed0", "pairs-bt", "ref-logprobs", "sft"]
     before = {name: tree(runs / name) for name in ("sft", "pairs-bt", "bank", "ref-logprobs")}
     assert clone.run_here(root, tmp_path, "dpo", "--beta", "0.5") == 0
     assert {name: tree(runs / name) for name in before} == before
-    assert clone.run_here(root, tmp_path, "ppo", "--steps", "2", "--batch-size", "8") == 0  # lacks the reward model only
-    assert {"ppo-beta0.1-seed0", "reward-model"} < set(os.listdir(runs))
+    small = ["--steps", "2", "--batch-size", "8", "--warmup", "1"]
+    assert clone.run_here(root, tmp_path, "ppo", *small) == 0  # lacks the reward model only
+    assert {"ppo-beta0.1-seed0-batchsize8-steps2-warmup1", "reward-model"} < set(os.listdir(runs)) or "reward-model" in os.listdir(runs)
     before["reward-model"] = tree(runs / "reward-model")
-    assert clone.run_here(root, tmp_path, "ppo", "--steps", "2", "--batch-size", "8", "--seed", "1") == 0
+    assert clone.run_here(root, tmp_path, "reinforce", *small) == 0
     assert {name: tree(runs / name) for name in before} == before
-    monkeypatch.setattr(sft.Config, "PRESETS", {("reviews", "cpu"): tiny | {"lr": 3e-2}})
+    capsys.readouterr()
+    monkeypatch.setattr(data.reviews, "TASK", tiny_task(lr=3e-2))
     said = clone.run_here(root, tmp_path, "dpo", "--beta", "0.2")
     assert said.startswith("error: runs/reviews/sft was made with other settings: lr was 0.02, now 0.03: ")
     assert {name: tree(runs / name) for name in before} == before
+
+
+def test_nothing_that_is_reused_is_stale(root, tmp_path, monkeypatch):
+    """Documents prepared again, a gold reward that was edited, a policy or pairs that were made anew: each is noticed by what
+    was made of it, and named. Without that, policies were measured by one reward against a bank of another."""
+    monkeypatch.setattr(data.reviews, "TASK", tiny_task())
+    small = ["--steps", "2", "--batch-size", "8", "--warmup", "1", "--resume"]
+    assert clone.run_here(root, tmp_path, "ppo", *small) == 0
+    runs = tmp_path / "runs/reviews"
+
+    def blue(text: str) -> float:
+        return float("blue" in text)
+    with monkeypatch.context() as patch:  # the reward is the first thing that a researcher edits
+        patch.setattr(data.reviews, "TASK", dataclasses.replace(tiny_task(), gold_reward=blue))
+        said = clone.run_here(root, tmp_path, "dpo")
+        assert "pairs-bt was made with other settings: gold was" in said
+        shutil.move(runs / "pairs-bt", tmp_path / "pairs")
+        said = clone.run_here(root, tmp_path, "dpo")
+        assert "bank was made with other settings: gold was" in said
+        shutil.rmtree(runs / "pairs-bt")
+        shutil.move(tmp_path / "pairs", runs / "pairs-bt")
+
+    pairs = runs / "pairs-bt/pairs.jsonl"  # another file of as many rows: the reward model is of the old one
+    rows = pairs.read_text().splitlines(True)
+    pairs.write_text("".join(rows[1:] + rows[:1]))
+    assert "reward-model was made with other settings: pairs was" in clone.run_here(root, tmp_path, "ppo", *small, "--seed", "1")
+    pairs.write_text("".join(rows))
+
+    shutil.copytree(root, tmp_path / "clone", ignore=lambda *_: ["prepared"])
+    clone.prepare(tmp_path / "clone", labels=False)  # other documents under the same name
+    said = clone.run_here(tmp_path / "clone", tmp_path, "dpo")
+    assert "sft was made with other settings: documents was" in said
+
+    config = json.loads((runs / "sft/config.json").read_text())
+    del config["built_from"]  # of an earlier version, which did not say
+    (runs / "sft/config.json").write_text(json.dumps(config))
+    assert "runs/reviews/sft was made with other settings: it does not say which documents" in clone.run_here(root, tmp_path, "dpo")
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -531,11 +764,11 @@ def test_preferred_ft_knows_what_it_was_built_from(root, work, tmp_path):
     """sft.py --on chosen over another policy or other pairs of the same number is another run, and is stopped by name."""
     shutil.copytree(work / "runs/reviews/sft", tmp_path / "sft")
     pairs = clone.write_pairs(tmp_path / "pairs.jsonl")
-    command = ["--on", "chosen", "--init", "sft", "--pairs", "pairs.jsonl", "--out", "pft", "--steps", "5"]
+    command = ["--on", "chosen", "--init", "sft", "--pairs", "pairs.jsonl", "--out", "pft", "--steps", "5", "--warmup", "1"]
     assert clone.run_here(root, tmp_path, "sft", *command) == 0
     assert clone.run_here(root, tmp_path, "sft", *command) == 0
     clone.write_pairs(pairs, seed=3)
-    assert "built_from was" in clone.run_here(root, tmp_path, "sft", *command)
+    assert "pairs was" in clone.run_here(root, tmp_path, "sft", *command)
 
 
 # ---- no network ------------------------------------------------------------------------------------------------------
@@ -564,5 +797,6 @@ def test_the_suite_has_no_network(capsys):
     there = subprocess.run([sys.executable, "-c", OUTSIDE], capture_output=True, text=True, env=clone.environment()).stdout
     assert here == there and len(here.splitlines()) == 6
     assert all(line.startswith("the tests run without network, but something ") for line in here.splitlines()), here
-    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()):
-        pass
+    skip_without_loopback()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        socket.create_connection(server.getsockname()).close()  # no guard stands in its way

@@ -1,5 +1,5 @@
-"""frontier.py: what is read off a path, the table of a bank whose optimum is known, what is run, and a whole sweep that is
-killed, interrupted and started again.
+"""frontier.py and sweep.py: what is read off a path, the table, the figure, what is run, and a whole sweep that is killed,
+interrupted and started again. And bench.py: every line of it, at a tiny size.
 """
 import importlib
 import json
@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,21 +19,23 @@ import torch
 import clone
 import dpo
 import evaluate
-from experiments import frontier
-import ppo
-from experiments import sweep
 from clone import root  # noqa: F401  (a fixture)
+from common import pipeline
 from common.files import read_jsonl
-from common.settings import parse
-from experiments.frontier import best_at, by_run, markdown, plan, reward_at, table
-from experiments.sweep import Planned, mean_se
-from test_faults import messages, tree, wait_for
+from common.settings import parse, stop_like_ctrl_c
+from common.statistics import mean_se
+from experiments import bench, frontier, sweep
+from experiments.frontier import Method, best_at, by_method, envelope, markdown, plan, reward_at, table
+from experiments.sweep import PlannedRun
+from test_faults import tree, wait_for
+
+COMMITTED = clone.ROOT / "results"
 
 
 # ---- what is read off the runs ---------------------------------------------------------------------------------------
 
-def path(*points):
-    return [{"kl": kl, "reward": reward} for kl, reward in points]
+def path(*points, lr_factor=1):
+    return [{"kl": kl, "reward": reward, "lr_factor": lr_factor} for kl, reward in points]
 
 
 @pytest.mark.parametrize("points, kl, reward", [
@@ -49,30 +52,52 @@ def test_a_path_is_read_where_it_last_crosses(points, kl, reward):
 
 def test_the_best_setting_is_the_best_mean_of_those_that_all_seeds_brought_there():
     """With the standard error over seeds, which one seed does not have."""
-    assert mean_se([1.0, 2.0, 3.0, 4.0]) == (2.5, pytest.approx(math.sqrt(5 / 3) / 2))
-    assert mean_se([2.0])[0] == 2 and math.isnan(mean_se([2.0])[1])
-    runs = {"lr 1": {0: path((0, 0.5), (2, 0.8)), 1: path((0, 0.5), (2, 0.6))},  # at 1: 0.65 and 0.55
-            "lr 2": {0: path((0, 0.5), (2, 1.0)), 1: path((0, 0.5), (2, 0.3))},  # at 1: 0.75 and 0.4
-            "lr 3": {0: path((0, 0.5), (2, 1.0)), 1: path((0, 0.5), (0.9, 1.0))}}  # the second seed is never at 1
-    assert best_at(runs, 1) == (pytest.approx(0.6), pytest.approx(0.05), "lr 1")
-    assert best_at(runs, 0.5)[2] == "lr 3" and best_at(runs, 3) is None
+    assert math.isnan(mean_se([2.0])[1])
+    runs = {"one": {0: path((0, 0.5), (2, 0.8), lr_factor=4), 1: path((0, 0.5), (2, 0.6), lr_factor=4)},  # 0.65, 0.55 at 1
+            "two": {0: path((0, 0.5), (2, 1.0), lr_factor=4), 1: path((0, 0.5), (2, 0.3), lr_factor=4)},  # 0.75, 0.4 at 1
+            "three": {0: path((0, 0.5), (2, 1.0), lr_factor=4), 1: path((0, 0.5), (0.9, 1.0), lr_factor=4)}}  # never at 1
+    assert best_at(runs, 1) == (pytest.approx(0.6), pytest.approx(0.05), "one")
+    assert best_at(runs, 0.5).setting == "three" and best_at(runs, 3) is None
 
 
 def test_between_settings_the_line_through_their_ends_counts():
     """From the reference through the ends by KL, seed by seed: at 2 nats 0.8 and 0.7, which no run's own path has. Runs at
-    another learning rate are no part of it."""
+    another learning rate are no part of it, whatever they are called."""
     runs = {"beta 1": {0: path((0, 0.5), (3, 0.4), (1, 0.7)), 1: path((0, 0.5), (1, 0.6))},
-            "beta 0.1": {0: path((0, 0.5), (2.5, 0.5), (3, 0.9)), 1: path((0, 0.5), (2.5, 0.5), (3, 0.8))},
-            "beta 0.1, lr 1": {0: path((0, 0.5), (2, 0.1)), 1: path((0, 0.5), (2, 0.1))}}
+            "beta 0.1, lr 1": {0: path((0, 0.5), (2.5, 0.5), (3, 0.9)), 1: path((0, 0.5), (2.5, 0.5), (3, 0.8))},
+            "beta 0.1, faster": {0: path((0, 0.5), (2, 0.1), lr_factor=4), 1: path((0, 0.5), (2, 0.1), lr_factor=4)}}
     assert best_at(runs, 2) == (pytest.approx(0.75), pytest.approx(0.05), "between settings")
     assert best_at(runs, 0.5) == (pytest.approx(0.575), pytest.approx(0.025), "between settings")
+
+
+def test_committed_rows_have_no_lr_factor_and_can_be_read():
+    """There the usual learning rate is the one that most settings of a method have."""
+    rows = [json.loads(line) for line in (COMMITTED / "reviews/frontier/results.jsonl").read_text().splitlines()]
+    assert "lr_factor" not in rows[0]
+    factors = {(row["method"], row["setting"]): row["lr_factor"]
+               for paths in by_method(rows).values() for seeds in paths.values() for run in seeds.values() for row in run}
+    assert {setting: factor for (_, setting), factor in factors.items() if factor != 1} == {
+        "beta 0.1, lr 5e-05": pytest.approx(0.25), "beta 0.1, lr 0.0008": pytest.approx(4),
+        "beta 1, lr 5e-05": pytest.approx(0.25), "beta 1, lr 0.0008": pytest.approx(4)}
+    again = frontier.with_lr_factor([{**row, "lr_factor": 7.0} for row in rows])  # rows that say it are believed
+    assert {row["lr_factor"] for row in again} == {7.0}
+
+
+def test_the_line_of_the_figure_never_falls():
+    """At 3 nats only a bad setting passes, at 8 a good one: the line stays where it was at 2, error and all, and then rises."""
+    runs = {"good": {0: path((0, 0.5), (2, 0.8), lr_factor=4), 1: path((0, 0.5), (2, 0.9), lr_factor=4)},
+            "bad": {seed: path((0, 0.5), (5, 0.6), (8, 1.0), lr_factor=4) for seed in (0, 1)}}
+    line = dict(envelope(runs, [0.0, 1.0, 2.0, 3.0, 5.0, 8.0, 9.0]))
+    assert list(line) == [0.0, 1.0, 2.0, 3.0, 5.0, 8.0]  # nothing was seen at 9
+    assert line[3.0] == line[5.0] == line[2.0] == (pytest.approx(0.85), pytest.approx(0.05), "good")
+    assert line[8.0].reward == 1 and best_at(runs, 5).reward == pytest.approx(0.6)
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 def rows_of(method, setting, seed, points, **more):
     return [{"method": method, "setting": setting, "seed": seed, "step": step, "kl": kl, "reward": reward, "length": 9.0,
-             "seconds": 60.0, "samples": 0, "reward_calls": 0, **more} for step, (kl, reward) in enumerate(points)]
+             "seconds": 60.0, "samples": 0, "reward_calls": 0, "lr": 1e-3, **more} for step, (kl, reward) in enumerate(points)]
 
 
 @pytest.fixture(scope="module")
@@ -85,95 +110,138 @@ def bank():
 def test_shares_and_errors(bank):
     """The optimum's own points have the share 1 at every KL, points half as far above the reference a half; two seeds around
     them have half of their difference as standard error. Beyond the curve's end a share is an upper bound."""
-    curve, ref = evaluate.frontier(bank.rewards), bank.rewards.mean().item()
+    curve, ref = evaluate.optimal_curve(bank.rewards), bank.rewards.mean().item()
     points = [(p["kl"], p["reward"]) for p in curve]
     moved = lambda x: [(kl, r + x) for kl, r in [*points, (9.0, points[-1][1])]]  # noqa: E731
-    rows = rows_of("exact", "x", 0, points) + rows_of("half", "x", 0, [(kl, (r + ref) / 2) for kl, r in points])
-    exact, half, two, _ = table(rows + rows_of("two", "x", 0, moved(0.01)) + rows_of("two", "x", 1, moved(-0.03)), bank)
-    for name, kl in (("at 1", 1), ("at 2", 2), ("at 4", 4), ("at 8", 8)):
+    halfway = [(kl, (r + ref) / 2) for kl, r in points]
+    rows = []
+    for setting in ("x", "y"):  # both the same, as one setting alone is not read at these KLs
+        rows += rows_of("exact", setting, 0, points) + rows_of("half", setting, 0, halfway)
+        rows += rows_of("two", setting, 0, moved(0.01)) + rows_of("two", setting, 1, moved(-0.03))
+    exact, half, two, _ = table(rows, bank)
+    for kl in frontier.KLS:
         reward, known = evaluate.optimal_reward(curve, kl)
-        assert (name in exact) == (name in half) == two[name]["known"] == known == (kl < 4)
+        assert (kl in exact.at) == (kl in half.at) == two.at[kl].known == known == (kl < 4)
         if known:
-            assert exact[name]["share"] == pytest.approx(1) and half[name]["share"] == pytest.approx(0.5)
-            assert exact[name]["reward"] == pytest.approx(reward) and math.isnan(exact[name]["se"])
-        assert (two[name]["reward"], two[name]["se"]) == (pytest.approx(reward - 0.01), pytest.approx(0.02))
+            assert exact.at[kl].share == pytest.approx(1) and half.at[kl].share == pytest.approx(0.5)
+            assert exact.at[kl].reward == pytest.approx(reward) and math.isnan(exact.at[kl].se)
+        assert (two.at[kl].reward, two.at[kl].se) == (pytest.approx(reward - 0.01), pytest.approx(0.02))
         share, error = 1 - 0.01 / (reward - ref), 0.02 / (reward - ref)
-        assert (two[name]["share"], two[name]["share_se"]) == (pytest.approx(share), pytest.approx(error))
+        assert (two.at[kl].share, two.at[kl].share_se) == (pytest.approx(share), pytest.approx(error))
 
 
 def test_best_of_n_stands_at_the_largest_n_whose_bound_fits(bank):
     """log n - (n-1)/n is 0.958 at 6, 1.089 at 7, 1.997 at 19 and 2.046 at 20; 4 nats need more than a quarter of the bank. The
     best of n uniform rewards is n / (n + 1), and hardly less than the optimum."""
     *_, best = table(rows_of("any", "x", 0, [(0.0, 0.5), (1.0, 0.6)]), bank)
-    for name, n in (("at 1", 6), ("at 2", 19)):
-        assert best[name]["setting"] == f"n = {n}" and abs(best[name]["reward"] - n / (n + 1)) < 4 * best[name]["se"] < 0.01
-        assert best[name]["share"] == pytest.approx(0.97, abs=0.04)
-    assert not {"at 4", "at 8", "reward"} & best.keys()
+    assert best.kind == "best of n" and list(best.at) == [1, 2]
+    for kl, n in ((1, 6), (2, 19)):
+        assert abs(best.at[kl].reward - n / (n + 1)) < 4 * best.at[kl].se < 0.01
+        assert best.at[kl].share == pytest.approx(0.97, abs=0.04)
 
 
 def test_the_largest_reward_is_of_the_setting_that_ends_best(bank):
-    """Its mean over seeds, with KL, length and cost of the same runs; not the best evaluation on the way."""
+    """Its mean over seeds, with KL, length and cost of the same runs; not the best evaluation on the way. Of the seconds it is
+    the median: a machine that slept through one run made that run's method look four times as slow as it is."""
+    cost = dict(samples=512, reward_calls=99)
     rows = [row for setting, seed, end, more in (
-        ("low", 0, (2.0, 0.6), {}), ("low", 1, (2.0, 0.7), {}),
-        ("high", 0, (3.0, 0.8), dict(seconds=10.0, samples=512, reward_calls=99, length=20.0)),
-        ("high", 1, (5.0, 0.7), dict(seconds=30.0, samples=512, reward_calls=99, length=22.0)))
+        ("low", 0, (2.0, 0.6), {}), ("low", 1, (2.0, 0.7), {}), ("low", 2, (2.0, 0.65), {}),
+        ("high", 0, (3.0, 0.8), dict(**cost, seconds=10.0, length=20.0)),
+        ("high", 1, (5.0, 0.7), dict(**cost, seconds=30.0, length=22.0)),
+        ("high", 2, (4.0, 0.75), dict(**cost, seconds=1038.0, length=21.0)))
             for row in rows_of("m", setting, seed, [(0.0, 0.5), (1.0, 0.99), end], **more)]
     line, _ = table(rows, bank)
-    expected = dict(reward=0.75, reward_se=0.05, kl=4, kl_se=1, length=21, seconds=20, samples=512, reward_calls=99)
-    assert line["setting"] == "high" and {name: line[name] for name in expected} == pytest.approx(expected)
-    share, known = evaluate.share_of_optimum(evaluate.frontier(bank.rewards), 0.75, 4.0, bank.rewards.mean().item())
-    assert line["end"]["share"] == pytest.approx(share) and line["end"]["known"] == known  # at the KL where it ends
+    assert (line.kind, line.name, line.setting, line.seconds) == ("method", "m", "high", 30)
+    expected = dict(kl=4, kl_se=1 / math.sqrt(3), length=21, samples=512, reward_calls=99)
+    assert {name: getattr(line, name) for name in expected} == pytest.approx(expected)
+    assert (line.end.reward, line.end.se) == (pytest.approx(0.75), pytest.approx(0.05 / math.sqrt(3)))
+    ref = bank.rewards.mean().item()
+    share, known = evaluate.share_of_optimum(evaluate.optimal_curve(bank.rewards), 0.75, 4.0, ref)
+    assert (line.end.share, line.end.known) == (pytest.approx(share), known)  # at the KL where it ends
+
+
+def two_settings(method, higher):
+    """Rows of two seeds of two settings; the better one rises from 0.5 to 0.8 at 3 nats, and all by `higher`."""
+    return [row for seed, x in ((0, higher - 0.03), (1, higher + 0.03)) for setting, end in (("beta 1", 0.8), ("beta 9", 0.6))
+            for row in rows_of(method, setting, seed, [(0.0, 0.5 + x), (3.0, end + x)])]
 
 
 def test_the_table_in_markdown_and_the_papers_claim(bank):
     """As many cells in every line, numbers with their errors; DPO - PPO with the error of both."""
-    rows = [row for method, higher in (("DPO", 0.0), ("PPO", 0.05)) for seed, x in ((0, -0.03), (1, 0.03))
-            for row in rows_of(method, "beta 1", seed, [(0.0, 0.5 + higher + x), (3.0, 0.8 + higher + x)])]
-    lines = table(rows, bank)
+    lines = table(two_settings("DPO", 0.0) + two_settings("PPO", 0.05), bank)
     text = markdown(lines, bank).splitlines()
     assert len(text) == 2 + 3 + 1 and len({line.count("|") for line in text}) == 1
-    assert text[2].startswith(f"| DPO | 0.600 ± 0.030 ({lines[0]['at 1']['share']:.0%} ± ")
-    end = lines[0]["end"]
-    assert (f" | 0.800 ± 0.030 (beta 1) | 3.00 ± 0.00 ({'' if end['known'] else '≤ '}{end['share']:.0%} ± "
-            f"{100 * end['share_se']:.0f}) | 9.0 | 60 | 0 | 0 |") in text[2]
+    assert text[2].startswith(f"| DPO | 0.600 ± 0.030 ({lines[0].at[1].share:.0%} ± ")
+    end = lines[0].end
+    assert (f" | 0.800 ± 0.030 (beta 1) | 3.00 ± 0.00 ({'' if end.known else '≤ '}{end.share:.0%} ± "
+            f"{100 * end.share_se:.0f}) | 9.0 | 60 | 0 | 0 |") in text[2]
     assert text[-1].startswith("| **optimum** | ") and text[-1].count("≥") == 2  # at 4 and 8 nats
     assert frontier.compare(lines) == "DPO - PPO at 1 nats: -0.050 ± 0.042\nDPO - PPO at 2 nats: -0.050 ± 0.042\n"
 
 
-@pytest.mark.parametrize("grid", [grid for grid in frontier.GRIDS if grid != "paper"])
+def test_a_method_with_one_setting_is_not_read_on_its_way(bank):
+    """A run that ends at 3 nats passes 1 nat far below what a run made for 1 nat has. In the table it has its end alone, and
+    DPO is compared with nothing. Where all methods are like this there are no columns for the KLs."""
+    one = [row for seed in (0, 1) for row in rows_of("PPO", "beta 1", seed, [(0.0, 0.5), (3.0, 0.8)])]
+    lines = table(two_settings("DPO", 0.0) + one, bank)
+    assert list(lines[0].at) == [1, 2] and not lines[1].at and frontier.compare(lines) == ""
+    text = markdown(lines, bank).splitlines()
+    assert text[3].startswith("| PPO |  |  |  |  | 0.800 ± 0.000 (beta 1) | ") and "at 1 nat " in text[0]
+    text = markdown(table(one, bank), bank).splitlines()
+    assert text[0] == "| | largest reward | its KL | length | seconds | sampled | scored |"
+    assert [line.split(" | ")[0] for line in text[2:]] == ["| PPO", "| **optimum**"]
+    assert len({line.count("|") for line in text}) == 1
+
+
+@pytest.mark.parametrize("grid", ["reviews/frontier", "reviews/frontier-why", "reviews/frontier-ablation", "imdb/frontier"])
+def test_the_committed_table_is_that_of_the_committed_rows(grid, bank):
+    """Up to the shares, which need the bank. (This bank is another.)"""
+    rows = [json.loads(line) for line in (COMMITTED / grid / "results.jsonl").read_text().splitlines()]
+    lines = table(rows, bank)
+    text, comparison = markdown(lines, bank), frontier.compare(lines)
+    methods = dict.fromkeys(row["method"] for row in rows)
+    numbers = lambda text: [[cell.split(" (")[0] for cell in line.split(" | ")] for line in text.splitlines()  # noqa: E731
+                            if line.startswith(tuple(f"| {method} |" for method in methods))]
+    committed = (COMMITTED / grid / "table.md").read_text()
+    assert numbers(text) == numbers(committed) and len(numbers(text)) == len(methods)
+    assert committed.endswith(comparison) and ("DPO -" in committed) == bool(comparison)
+
+
+@pytest.mark.parametrize("grid", frontier.GRIDS)
 def test_every_grid_can_be_drawn(grid, bank, tmp_path):
-    """All its methods, two seeds of each, DPO at two learning rates. (The paper's is drawn at the end of a sweep, below.)"""
+    """All its methods, two seeds of each, DPO at two learning rates."""
     rows = [row for method in frontier.GRIDS[grid] for seed in (0, 1) for lr in (1e-4, 1e-3)
             for row in rows_of(method, f"lr {lr}", seed, [(0.1, 0.5), (2.0 + seed, 0.75)], beta=0.5, lr=lr, last=True)]
     frontier.draw(rows, bank, "reviews", tmp_path)
-    assert (tmp_path / "frontier.png").stat().st_size > 20_000 and (tmp_path / "frontier.svg").stat().st_size > 20_000
+    assert (tmp_path / "frontier.png").stat().st_size > 20_000
+    assert "<svg" in (tmp_path / "frontier.svg").read_text()[:500]
 
 
 # ---- what is run -----------------------------------------------------------------------------------------------------
-
-def planned(*args, **settings):
-    config = frontier.Config(*args, **settings)
-    return plan(config, Path(config.out).parent)
-
 
 @pytest.mark.parametrize("quick", [False, True], ids=["whole", "quick"])
 @pytest.mark.parametrize("task", [("reviews", "cpu"), ("imdb", "cpu"), ("imdb", "gpu")], ids=" ".join)
 @pytest.mark.parametrize("grid", frontier.GRIDS)
 def test_the_command_that_is_printed_is_the_run_that_is_planned(grid, task, quick):
     """Typed into a shell it gives the very Config, default for default; and no two runs share a folder or a name."""
-    runs = planned(*task, grid=grid, quick=quick, seeds=2)
+    config = frontier.Config(*task, grid=grid, quick=quick)
+    runs = plan(config)
     for run in runs:
-        script, *flags = run.command()
-        assert script == f"{run.script}.py" and (clone.ROOT / script).exists()
-        assert parse(importlib.import_module(run.script).Config, "", flags) == run.config
+        script, *flags = sweep.command(run.config)
+        module = importlib.import_module(script.removesuffix(".py"))
+        assert parse(module.Config, "", flags) == run.config
+        typed = sweep.typed(run.config).split()
+        assert typed[:2] == ["python", script] and not {"--out", "--resume"} & set(typed)
         assert run.config.resume and run.config.evaluate_every
         assert (run.config.dataset, run.config.preset, run.config.seed) == (*task, run.seed)
     assert len({run.config.out for run in runs}) == len({run[:3] for run in runs}) == len(runs) > 0
+    assert len(runs) == sum(len(method.quick if quick else method.full) for method in frontier.GRIDS[grid].values()) * (
+        1 if quick else config.seeds)
 
 
 def test_the_grid_holds_the_papers():
     """Section 6.1 of the DPO paper, three seeds of each; --quick is one seed of some of it, in another folder."""
-    runs, few = planned(), planned(quick=True)
+    runs, few = plan(frontier.Config()), plan(frontier.Config(quick=True))
     for method, field, fixed, papers in (
             ("DPO", "beta", dict(loss="dpo", lr=dpo.Config().lr), {0.05, 0.1, 1, 5}),
             ("Unlikelihood", "alpha", dict(loss="unlikelihood"), {0.05, 0.1, 0.5, 1}),
@@ -188,10 +256,42 @@ def test_the_grid_holds_the_papers():
     assert not {run.config.out for run in few} & {run.config.out for run in runs}
 
 
+def test_settings_are_called_as_in_the_committed_rows():
+    """So that old rows and new ones can stand in one table. REINFORCE without a baseline is newer than the rows."""
+    for grid, folder in (("paper", "frontier"), ("why", "frontier-why"), ("ablation", "frontier-ablation")):
+        rows = [json.loads(line) for line in (COMMITTED / "reviews" / folder / "results.jsonl").read_text().splitlines()]
+        runs = [run for run in plan(frontier.Config(grid=grid)) if run.method != "REINFORCE, no baseline"]
+        assert {(row["method"], row["setting"], row["seed"]) for row in rows} == {run[:3] for run in runs}
+        lrs = {(row["method"], row["setting"]): row["lr"] for row in rows}
+        assert all(run.config.lr == pytest.approx(lrs[run[:2]]) for run in runs)
+
+
+def test_reinforce_is_its_own_script_and_ten_times_the_pairs_are_the_tasks():
+    """reinforce.py where there is no value network, and prompts as a multiple of what the task says."""
+    runs = {run.method: run.config for run in plan(frontier.Config(grid="ablation", seeds=1))}
+    baselines = {method: config.baseline for method, config in runs.items() if sweep.command(config)[0] == "reinforce.py"}
+    assert baselines == {"REINFORCE, no baseline": "none", "REINFORCE, leave-one-out": "leave-one-out"}
+    assert all(config.reward == "gold" and config.beta == 0.15 for config in runs.values())
+    why = {run.method: run.config for run in plan(frontier.Config(grid="why", seeds=1))}
+    assert why["DPO, 10x pairs"].prompts == why["PPO, 10x pairs"].prompts == 16_000 and why["DPO"].prompts == 0
+
+
+def test_a_folder_is_named_by_all_settings(monkeypatch):
+    """A change of the grid is another folder, and never a run that is there with other settings."""
+    def folder(**fixed):
+        monkeypatch.setitem(frontier.GRIDS, "paper", {"DPO, new": Method(frontier.dpo, [dict(beta=0.1)], [], fixed)})
+        return Path(plan(frontier.Config(seeds=1))[0].config.out)
+
+    assert folder() == Path("runs/reviews/frontier/dpo-new-beta0.1-seed0")
+    assert folder(label_smoothing=0.2).name == "dpo-new-labelsmoothing0.2-beta0.1-seed0"
+    assert folder(prompts_factor=10).name == "dpo-new-beta0.1-prompts16000-seed0"
+    assert folder(evaluate_every=7) == folder()  # this changes no result
+
+
 @pytest.mark.parametrize("grid", frontier.GRIDS)
 def test_a_sweep_can_be_stopped_anywhere(grid):
     """The first seed first, of it the runs of --quick; then every method is served before one gets its next setting."""
-    runs, few = planned(grid=grid), planned(grid=grid, quick=True)
+    runs, few = plan(frontier.Config(grid=grid)), plan(frontier.Config(grid=grid, quick=True))
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
     assert [run[:3] for run in runs[:len(few)]] == [run[:3] for run in few]
     rest = [run.method for run in runs[len(few):] if run.seed == 0]
@@ -201,31 +301,48 @@ def test_a_sweep_can_be_stopped_anywhere(grid):
 
 
 def test_every_method_starts_from_the_policy_that_is_named():
-    """--sft mine/policy: Preferred-FT, too, and the pairs are those beside it."""
-    for run in planned(sft="mine/policy"):
-        assert (run.config.init if run.script == "sft" else run.config.sft) == "mine/policy", run.method
-        assert run.script != "sft" or run.config.pairs == "mine/pairs-bt/pairs.jsonl"
-        assert Path(run.config.out).parent == Path("mine/frontier")
+    """--sft mine/policy: Preferred-FT, too; and the sweep is in its folder, where its pairs and its bank are."""
+    for run in plan(frontier.Config(sft="mine/policy", seeds=1)):
+        assert (run.config.init if run.method == "Preferred-FT" else run.config.sft) == "mine/policy", run.method
+        assert Path(run.config.out).parent == Path("mine/policy/frontier")
+    assert frontier.Config(sft="runs/imdb/sft", grid="why").out == str(Path("runs/imdb/frontier-why"))
+
+
+@pytest.mark.parametrize("flags, line", [
+    ("--quick --seeds 2", "--seeds: not with --quick, which runs one seed"),
+    ("--seeds 0", "--seeds 0: must be > 0"), ("--workers -1", "--workers -1: must be >= 0"),
+    ("--dataset nope", "--dataset nope: there is no data/nope"),
+    ("--preset gpu", "--preset gpu: data/reviews has no such preset"),
+    ("--out afile/output", "afile/output: cannot be written (")])
+def test_a_mistake_is_one_line_before_anything_is_built(flags, line, root, tmp_path):
+    """A folder that cannot be written is no news for the end of an hour."""
+    (tmp_path / "afile").touch()
+    said = clone.run_here(root, tmp_path, "experiments/frontier", *flags.split())
+    assert isinstance(said, str) and said.startswith(f"error: {line}") and "\n" not in said
+    assert os.listdir(tmp_path) == ["afile"]
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 STUB = """
-import os, pathlib, signal, sys, time
+import json, os, pathlib, signal, sys, time
 seed, out = (sys.argv[sys.argv.index(flag) + 1] if flag in sys.argv else "0" for flag in ("--seed", "--out"))
 folder = pathlib.Path(out)
 folder.mkdir(parents=True)
+print("threads", os.environ["OMP_NUM_THREADS"], "hears Ctrl-C", callable(signal.getsignal(signal.SIGINT)), flush=True)
 def stop(*_):
     (folder / "stopped").touch()
     sys.exit(130)
 signal.signal(signal.SIGINT, stop)
-print("threads", os.environ["OMP_NUM_THREADS"], flush=True)
 (folder / "began").touch()
 while seed == "1" and not list(folder.parent.glob("0/began")):
     time.sleep(0.01)
 if seed == "1":
     sys.exit("step 7\\rerror: it is broken")
 time.sleep(60 if seed == "0" else 0.3)
+(folder / "config.json").write_text(json.dumps({"seed": int(seed)}))
+(folder / "log.jsonl").write_text('{"step": 9, "seconds": 1.0}')
+(folder / "model.pt").write_text("weights")
 (folder / "ended").touch()
 """
 
@@ -233,52 +350,91 @@ time.sleep(60 if seed == "0" else 0.3)
 @pytest.fixture
 def stubs(tmp_path, monkeypatch):
     """stubs(*seeds): runs of a script that takes no time to start. Seed 0 takes for ever, seed 1 fails, the others end."""
-    (tmp_path / "stub.py").write_text(STUB)
+    (tmp_path / "dpo.py").write_text(STUB)
     monkeypatch.setattr(sweep, "ROOT", tmp_path)
-    return lambda *seeds: [Planned("DPO", "x", seed, "stub", dpo.Config(out=str(tmp_path / f"runs/{seed}"), seed=seed))
+    return lambda *seeds: [PlannedRun("DPO", "x", seed, dpo.Config(out=str(tmp_path / f"runs/{seed}"), seed=seed))
                            for seed in seeds]
 
 
 def test_as_many_runs_at_a_time_as_there_are_workers(stubs, tmp_path, capsys):
-    """Two of five at a time, with one thread each; every command is printed, and what a run prints is in a file."""
-    sweep.run_all(stubs(2, 3, 4, 5, 6), 2, tmp_path, "")
-    times = sorted((p.stat().st_mtime_ns, 1 if p.name == "began" else -1) for p in tmp_path.glob("runs/*/*"))
+    """Two of five at a time, with one thread each; every command is printed, and what a run prints is in a file. They can hear
+    Ctrl-C even where a shell script has started the sweep in the background, with Ctrl-C ignored."""
+    runs = stubs(2, 3, 4, 5, 6)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert sweep.run_all(runs, tmp_path, 2) == (runs, False)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    change = {"began": 1, "ended": -1}
+    times = sorted((file.stat().st_mtime_ns, change[name]) for name in change for file in tmp_path.glob(f"runs/*/{name}"))
     running = [sum(change for _, change in times[:i + 1]) for i in range(len(times))]
     assert len(times) == 10 and max(running) == 2 and running[-1] == 0
-    assert [(tmp_path / f"output/{seed}.txt").read_text() for seed in (2, 6)] == ["threads 1\n"] * 2
+    assert [(tmp_path / f"output/{seed}.txt").read_text() for seed in (2, 6)] == ["threads 1 hears Ctrl-C True\n"] * 2
     shown = capsys.readouterr().out
-    assert shown.startswith("5 runs, 0 of them there; 2 at a time\n") and shown.count("python stub.py --out ") == 5
-    assert f"0 min] python stub.py --out {tmp_path / 'runs/6'} --seed 6\n" in shown
+    assert shown.startswith("5 runs, 0 of them finished; 2 at a time\n") and shown.count("] python dpo.py --seed ") == 5
+    assert "[5/5, 0 min] python dpo.py --seed 6\n" in shown
+    sweep.run_all(runs, tmp_path)
+    workers = 1 if torch.cuda.is_available() else os.cpu_count()
+    assert capsys.readouterr().out == f"5 runs, 5 of them finished; {workers} at a time\n"
 
 
 def test_a_run_that_fails_stops_the_sweep_in_one_line(stubs, tmp_path):
     """With the command and the last line that it said; the run beside it may save itself first, the next is not begun."""
     with pytest.raises(SystemExit) as stop:
-        sweep.run_all(stubs(0, 1, 2), 2, tmp_path, "")
-    assert str(stop.value) == (f"error: python stub.py --out {tmp_path / 'runs/1'} --seed 1: error: it is broken "
-                               f"(all of it: {tmp_path / 'output/1.txt'})")
+        sweep.run_all(stubs(0, 1, 2), tmp_path, 2)
+    assert str(stop.value) == (f"error: python dpo.py --seed 1: error: it is broken (all of it: {tmp_path / 'output/1.txt'})")
     assert sorted(os.listdir(tmp_path / "runs/0")) == ["began", "stopped"] and not (tmp_path / "runs/2").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_finished_comes_back_when_the_sweep_is_stopped(number, stubs, tmp_path, capsys):
+    """The runs that are not may save themselves first."""
+    def stopped(runs):
+        began = tmp_path / f"runs/{runs[-1].seed}/began"
+
+        def press() -> None:
+            while not began.exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), number)
+        thread = threading.Thread(target=press)
+        thread.start()
+        try:
+            return sweep.run_all(runs, tmp_path, 1)
+        finally:
+            thread.join()
+
+    before = signal.getsignal(signal.SIGTERM)
+    stop_like_ctrl_c()
+    try:
+        assert stopped(stubs(0)) == ([], True)
+        assert sorted(os.listdir(tmp_path / "runs/0")) == ["began", "stopped"]
+        shutil.rmtree(tmp_path / "runs/0")
+        runs = stubs(2, 0)
+        assert stopped(runs) == (runs[:1], True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert sorted(os.listdir(tmp_path / "runs/0")) == ["began", "stopped"]
+    assert "\nstopped: 1 of 2 runs are finished; the same command goes on with the others\n" in capsys.readouterr().out
 
 
 # ---- a whole sweep ---------------------------------------------------------------------------------------------------
 
 # one tiny run a method; with --checkpoint-every 0 there is a checkpoint whenever it is stopped
-SFT = dict(steps=24, batch_size=8, warmup=2, checkpoint_every=0.0)
-DPO = dict(epochs=0.5, batch_size=8, warmup=2, checkpoint_every=0.0)
-PPO = dict(target_kl=1, steps=6, batch_size=16, checkpoint_every=0.0)
-SMALL = {"Preferred-FT": ("sft", SFT), "DPO": ("dpo", dict(**DPO, lr=4.0)), "PPO-GT": ("ppo", dict(**PPO, reward="gold")),
-         "Unlikelihood": ("dpo", dict(**DPO, loss="unlikelihood")), "PPO": ("ppo", PPO)}
-EVERY = {"sft": 12, "dpo": 30, "ppo": 4}  # steps between evaluations
+SFT = dict(on="chosen", steps=24, batch_size=8, warmup=2, checkpoint_every=0.0, evaluate_every=12)
+DPO = dict(epochs=0.5, batch_size=8, warmup=2, checkpoint_every=0.0, evaluate_every=30)
+PPO = dict(target_kl=1, steps=6, batch_size=16, warmup=2, checkpoint_every=0.0, evaluate_every=6)
+SMALL = {"Preferred-FT": ("sft", SFT), "DPO": ("dpo", dict(**DPO, lr_factor=4.0)),
+         "PPO-GT": ("ppo", dict(**PPO, reward="gold")), "Unlikelihood": ("dpo", dict(**DPO, loss="unlikelihood")),
+         "PPO": ("ppo", PPO)}
 SWEEP = """
-import importlib, json, sys
-sys.path.insert(0, sys.argv[1])
-import common.settings
+import json, sys
+import common
+from common.settings import parse
 from experiments import frontier
-small, every = map(json.loads, sys.argv[2:4])
-frontier.EVERY = {(False, script): steps for script, steps in every.items()}
-frontier.GRIDS["paper"] = {method: (importlib.import_module(script), [settings], [settings])
-                           for method, (script, settings) in small.items()}
-frontier.main(common.settings.parse(frontier.Config, "", sys.argv[4:]))
+small = json.loads(sys.argv.pop(1))
+frontier.GRIDS["paper"] = {name: frontier.Method(getattr(frontier, script), [own], [own])
+                           for name, (script, own) in small.items()}
+frontier.main(parse(frontier.Config, ""))
 """
 ARGUMENTS = "--sft runs/reviews/sft --seeds 1 --workers 1".split()
 SWEPT = Path("runs/reviews/frontier")
@@ -298,17 +454,15 @@ def nothing(*_, **__):
     pytest.fail("a run was started")
 
 
-def run_sweep(root: Path, cwd: Path, popen=Here) -> int | str | None:
-    """The sweep of SMALL in this process; 0, or the message that it stops with."""
+def run_sweep(root: Path, cwd: Path, popen=Here, small=SMALL) -> int | str | None:
+    """A sweep of these methods in this process; 0, or the message that it stops with."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep, "ROOT", root)
         patch.setattr(subprocess, "Popen", popen)
         patch.setattr(time, "sleep", lambda _: None)
-        patch.setattr(dpo, "draw", lambda *_: None)  # a second of matplotlib each
-        patch.setattr(ppo, "draw_run", lambda *_: None)
-        patch.setattr(frontier, "EVERY", {(False, script): steps for script, steps in EVERY.items()})
-        patch.setitem(frontier.GRIDS, "paper", {method: (importlib.import_module(script), [settings], [settings])
-                                                for method, (script, settings) in SMALL.items()})
+        patch.setattr(evaluate, "draw_run", lambda *_: None)  # a second of matplotlib each
+        patch.setitem(frontier.GRIDS, "paper", {name: Method(getattr(frontier, script), [own], [own])
+                                                for name, (script, own) in small.items()})
         return clone.run_here(root, cwd, "experiments/frontier", *ARGUMENTS)
 
 
@@ -316,7 +470,8 @@ def run_sweep(root: Path, cwd: Path, popen=Here) -> int | str | None:
 def alone(root, tmp_path_factory) -> Path:
     """A working folder with an SFT policy, all that the runs share, and a sweep that nothing disturbed."""
     cwd = tmp_path_factory.mktemp("alone")
-    assert clone.run_here(root, cwd, "sft", *clone.TINY) == 0
+    # trained for so long that it samples no <bos> and no pad, which no pair may have in it
+    assert clone.run_here(root, cwd, "sft", *clone.SFT, "--steps", "200", "--block-size", "40") == 0
     assert run_sweep(root, cwd) == 0
     return cwd
 
@@ -339,17 +494,17 @@ def test_a_sweep_leaves_tidy_rows_a_table_and_a_figure(alone):
     for row in rows:
         assert row.keys() >= {"method", "setting", "last", "beta"} and row["setting"] and row["seed"] == 0
         assert all(math.isfinite(row[name]) for name in ("step", "reward", "reward_se", "kl", "kl_se", "length", "length_se",
-                                                         "lr", "samples", "reward_calls")), row
+                                                         "lr", "lr_factor", "samples", "reward_calls")), row
         assert 0 <= row["reward"] <= 1 and row["length"] > 0 and (row["step"] or abs(row["kl"]) < 1e-4)
     steps = {method: [row["step"] for row in rows if row["method"] == method] for method in SMALL}
-    assert list(by_run(rows)) == list(SMALL) and steps["Preferred-FT"] == [0, 12, 24] and steps["PPO"] == [0, 4, 6]
+    assert list(by_method(rows)) == list(SMALL) and steps["Preferred-FT"] == [0, 12, 24] and steps["PPO"] == [0, 6]
     assert [row["step"] for row in rows if row["last"]] == [found[-1] for found in steps.values()]
     assert {row["method"]: (row["samples"], row["reward_calls"]) for row in rows}["PPO-GT"] == (96, 96)
-    assert {row["lr"] for row in rows if row["method"] == "DPO"} == {4 * dpo.Config().lr}
+    assert {(row["lr"], row["lr_factor"]) for row in rows if row["method"] == "DPO"} == {(4 * dpo.Config().lr, 4)}
+    assert {row["lr_factor"] for row in rows if row["method"] != "DPO"} == {1}
     text = (alone / SWEPT / "table.md").read_text().splitlines()
-    assert [line.split(" | ")[0] for line in text[2:9]] == [f"| {name}" for name in (*SMALL, "best of n", "**optimum**")]
+    assert [line.split(" | ")[0] for line in text[2:]] == [f"| {name}" for name in (*SMALL, "**optimum**")]
     assert (alone / SWEPT / "frontier.png").read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in (alone / SWEPT / "frontier.svg").read_text()[:500]
 
 
 def test_what_is_finished_is_not_run_again(root, alone):
@@ -361,20 +516,52 @@ def test_what_is_finished_is_not_run_again(root, alone):
     assert (rest(), results(alone), (alone / SWEPT / "table.md").read_bytes()) == (before, rows, text)
 
 
-def test_runs_of_other_settings_or_of_another_policy_stop_the_sweep(root, alone, fresh):
-    """By name, in one line, with rows, table and figure as they were; other settings before anything else is run."""
+def test_runs_of_other_settings_stop_the_sweep_before_anything_is_built(root, alone, fresh, monkeypatch):
+    """By name, in one line."""
     shutil.copytree(alone / SWEPT, fresh / SWEPT)
     config = next((fresh / SWEPT).glob("ppo-gt*")) / "config.json"
-    settings, name = json.loads(config.read_text()), f"error: {config.parent.relative_to(fresh)} was made "
-    for changed, expected in (({"built_from": {**settings["built_from"], "sft": "another"}}, f"{name}from another SFT policy"),
-                              ({"batch_size": 99}, f"{name}with other settings: batch_size was 99, now 16: ")):
-        config.write_text(json.dumps({**settings, **changed}))
-        if "batch_size" in changed:
-            shutil.rmtree(next((fresh / SWEPT).glob("unlikelihood*")))
+    config.write_text(json.dumps({**json.loads(config.read_text()), "batch_size": 99}))
+    monkeypatch.setattr(pipeline, "sft_policy", nothing)
+    said = run_sweep(root, fresh, popen=nothing)
+    name = config.parent.relative_to(fresh)
+    assert said.startswith(f"error: {name} was made with other settings: batch_size was 99, now 16: ") and "\n" not in said
+
+
+def test_runs_that_were_made_from_something_else_stop_the_sweep(root, alone, fresh):
+    """Another SFT policy, other pairs, another reward model, and the gold reward, too: by name, in one line, with rows, table
+    and figure as they were."""
+    shutil.copytree(alone / SWEPT, fresh / SWEPT)
+    for run, source in (("dpo", "policy"), ("unlikelihood", "pairs"), ("preferred-ft", "init"), ("preferred-ft", "pairs"),
+                        ("ppo-targetkl", "reward"), ("ppo-gt", "reward")):
+        config = next((fresh / SWEPT).glob(f"{run}*")) / "config.json"
+        text = config.read_text()
+        saved = json.loads(text)
+        config.write_text(json.dumps({**saved, "built_from": {**saved["built_from"], source: "another"}}))
         before = tree(fresh / SWEPT)
         said = run_sweep(root, fresh, popen=nothing)
+        expected = f"error: {config.parent.relative_to(fresh)} was made with other settings: {source} was 'another', now "
         assert isinstance(said, str) and said.startswith(expected) and "\n" not in said
         assert tree(fresh / SWEPT) == before
+        config.write_text(text)
+
+
+@pytest.mark.parametrize("damage, line", [
+    ("empty model", "{}/model.pt: is empty"), ("no config", "{}: a model without config.json"),
+    ("log without its last row", "{}/log.jsonl: its last row is missing"), ("no log", "{}/log.jsonl: its last row is missing")])
+def test_a_finished_run_that_is_damaged_is_named(damage, line, root, alone, fresh):
+    """In one line, before what is still to do is run."""
+    shutil.copytree(alone / SWEPT, fresh / SWEPT)
+    shutil.rmtree(next((fresh / SWEPT).glob("unlikelihood*")))
+    folder = next((fresh / SWEPT).glob("dpo*"))
+    if damage == "empty model":
+        (folder / "model.pt").write_bytes(b"")
+    elif damage == "no config":
+        (folder / "config.json").unlink()
+    else:
+        lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
+        (folder / "log.jsonl").write_text("".join(lines[:-1]) if damage != "no log" else "")
+    said = run_sweep(root, fresh, popen=nothing)
+    assert said.startswith("error: " + line.format(folder.relative_to(fresh))) and "\n" not in said
 
 
 def processes_of(root: Path) -> list[bytes]:
@@ -389,13 +576,14 @@ def processes_of(root: Path) -> list[bytes]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc, and only Linux ends a child with its parent")
-def test_a_sweep_that_is_killed_and_interrupted_ends_where_one_that_was_left_alone_ends(root, alone, fresh):
-    """As real processes: kill -9 in the middle of a run and then Ctrl-C in the middle of another leave no run behind; the third
+def test_a_sweep_that_is_killed_and_interrupted_ends_where_one_that_was_left_alone_ends(root, alone, fresh, capsys):
+    """As real processes: kill -9 in the middle of a run and then Ctrl-C in the middle of another leave no run behind. The third
     start finishes, with the rows of the undisturbed sweep, digit by digit."""
     folder, small = fresh / SWEPT, {method: SMALL[method] for method in ("Preferred-FT", "PPO-GT")}
+    (root / "small_sweep.py").write_text(SWEEP)
 
     def start() -> subprocess.Popen:
-        command = [sys.executable, "-c", SWEEP, root, json.dumps(small), json.dumps(EVERY), *ARGUMENTS]
+        command = [sys.executable, root / "small_sweep.py", json.dumps(small), *ARGUMENTS]
         return subprocess.Popen(command, cwd=fresh, env=clone.environment(), text=True, stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE)
 
@@ -416,11 +604,69 @@ def test_a_sweep_that_is_killed_and_interrupted_ends_where_one_that_was_left_alo
             time.sleep(0.01)
         assert not left and done() == runs == len(list(folder.glob("results.jsonl")))  # and none has run on to its end
     assert process.returncode == 130 and not errors, errors  # what is finished has its table
-    assert "stopped: table and figure are of the 1 of 2 runs that are finished" in output
+    assert "\nstopped: 1 of 2 runs are finished; the same command goes on with the others\n" in output
     assert results(fresh) == [row for row in results(alone) if row["method"] == "Preferred-FT"]
 
-    process = start()
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0 and not errors, errors
-    assert output.startswith("2 runs, 1 of them there; 1 at a time\n")
+    assert run_sweep(root, fresh, small=small) == 0
+    assert "2 runs, 1 of them finished; 1 at a time\n" in capsys.readouterr().out
     assert results(fresh) == [row for row in results(alone) if row["method"] in small]
+
+
+# ---- bench.py --------------------------------------------------------------------------------------------------------
+
+SMALL_STEP = "--layers 1 --heads 2 --embd 8 --vocab 50 --batch 4 --prompt 3 --comp 5 --steps 1".split()
+
+
+@pytest.fixture
+def once(monkeypatch):
+    """Everything is done once, and the machine's peak is known."""
+    measure = bench.measure
+    monkeypatch.setattr(bench, "measure", lambda work, steps, warmup: measure(work, 1, 0))
+    monkeypatch.setattr(bench, "matmul_peak", lambda dtype: 1e9)
+
+
+def shown(capsys) -> list[dict]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize("name, unit, tokens", [("sft", "rows", 32), ("reward_model", "pairs", 64), ("dpo", "pairs", 64),
+                                                ("generate", "rows", 20), ("ppo", "episodes", 20)])
+def test_every_step_can_be_timed(name, unit, tokens, once, capsys):
+    """With the positions that it says it has: 4 rows of 8 tokens, two of them in a pair; 4 responses of 5."""
+    bench.main(parse(bench.Config, "", ["--only", name, *SMALL_STEP]))
+    line, = shown(capsys)
+    assert line["bench"] == name and line["ms_median"] > 0 and line["torch"] == torch.__version__
+    assert line["tokens_per_s"] / line[f"{unit}_per_s"] == pytest.approx(tokens / 4, rel=0.02)
+
+
+def test_what_padding_costs(once, capsys):
+    """Lengths 5 and 10: three quarters of the positions hold a token. And two responses that end where they can."""
+    rows = bench.Rows(torch.ones(2, 10, dtype=torch.long), torch.tensor([3, 3]), torch.tensor([5, 10]))
+    model = bench.padded_model()
+    bench.time_padded_training("train", model, rows, lambda: torch.arange(2))
+    bench.time_padded_sampling("sample", model, [200, 201], torch.Generator().manual_seed(0))
+    train, sample = shown(capsys)
+    assert (train["work"], train["real_share"]) == ("train", 0.75) and 0.8 < sample["real_share"] <= 1
+    logits = model(torch.ones(1, 1, dtype=torch.long))
+    assert logits.softmax(-1)[0, 0, bench.PADDED_EOS].item() == pytest.approx(1 / bench.RESPONSE, rel=1e-4)
+
+
+def test_what_needs_no_language_model_can_be_timed(once, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "simulated_comparisons", lambda items, n: ([*range(items)], [*range(1, items), 0]))
+    monkeypatch.setattr(bench.bt, "bootstrap", lambda *_, **__: None)
+    bench.bradley_terry()
+    bench.imitation()
+    assert [(line["bench"], line.get("items"), line.get("task")) for line in shown(capsys)] == [
+        ("bt", 100, None), ("bt", 1000, None), ("dagger", None, "bridge"), ("dagger", None, "track")]
+
+
+@pytest.mark.parametrize("flags, line", [
+    ("--layers 0", "--layers 0: must be > 0"), ("--heads -1", "--heads -1: must be > 0"), ("--embd 1000000000000", "--embd "),
+    ("--vocab -1", "--vocab -1: must be > 0"), ("--steps 0", "--steps 0: must be > 0"), ("--threads -1", "--threads -1: must"),
+    ("--embd 30", "--embd 30: must be a multiple of --heads 4"), ("--batch many", "argument --batch: invalid int value"),
+    ("--only bt --layers 2", "--layers: not with --only bt, which has sizes of its own"), ("--nope", "unrecognized arguments")])
+def test_a_size_that_cannot_be_is_one_line_without_the_usage(flags, line, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(bench.Config, "", flags.split())
+    assert str(stop.value).startswith(f"error: {line}") and "\n" not in str(stop.value)
+    assert capsys.readouterr() == ("", "")

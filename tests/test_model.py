@@ -124,9 +124,18 @@ def test_logprobs_by_hand():
                              [4 / 6.75, 1, 1],                             # after 3: 1/c[eos]; no further token: log 1 = 0
                              [(1 / 2) / 6.75, 4 / 6.75, 1]]).double().log()
     torch.testing.assert_close(response_logprobs(model, *batch_of(rows)).double(), expected, rtol=0, atol=1e-6)
-    squared = torch.tensor([[(1 / 16) / 20.3125, 4 / 20.3125, (1 / 16) / 20.3125]]).double().log()  # c^2 at temperature 1/2
-    found = response_logprobs(model, *batch_of(rows[:1]), temperature=0.5)
-    torch.testing.assert_close(found.double(), squared, rtol=0, atol=1e-6)
+
+
+def test_large_logits_neither_overflow_nor_lose_the_gradient():
+    """exp(1000) is infinite in fp32; the softmax of logits does not depend on a shift, so it is taken off first."""
+    model = tiny_gpt()
+    with torch.no_grad():
+        model.ln_f.weight.mul_(500)
+    logprobs = response_logprobs(model, *batch_of(ROWS))
+    logprobs.sum().backward()
+    expected = [naive_logprobs(model, *row).sum().item() for row in ROWS]
+    assert logprobs.sum(1).tolist() == pytest.approx(expected, rel=1e-4) and min(expected) < -1000
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_logprobs_are_the_definition_and_zero_beyond_the_end():
@@ -143,17 +152,16 @@ def test_mask_marks_exactly_the_responses():
     assert mask.tolist() == [[r < len(response) for r in range(10)] for _, response in ROWS]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_gradient_is_that_of_the_plain_formula(temperature):
+def test_gradient_is_that_of_cross_entropy():
     """Same gradient as cross-entropy on -100-masked targets, for any weights on the tokens, hidden states and head alike."""
     model, weights = tiny_gpt().double(), torch.randn(4, 10, dtype=torch.double, generator=torch.Generator().manual_seed(1))
-    (response_logprobs(model, *batch_of(ROWS), temperature=temperature) * weights).sum().backward()
+    (response_logprobs(model, *batch_of(ROWS)) * weights).sum().backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     plain = torch.tensor(0.0).double()
     for (prompt, response), weight in zip(ROWS, weights):
         targets = torch.tensor([-100] * (len(prompt) - 1) + response)
-        logits = model(torch.tensor([prompt + response]))[0, :-1] / temperature
+        logits = model(torch.tensor([prompt + response]))[0, :-1]
         losses = F.cross_entropy(logits, targets, reduction="none", ignore_index=-100)
         plain = plain - losses[len(prompt) - 1:] @ weight[:len(response)]
     plain.backward()
@@ -204,14 +212,6 @@ def test_nan_at_a_position_without_loss_stays_out():
     assert torch.equal(logprobs, response_logprobs(model, *batch_of(ROWS)))
     logprobs.sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
-
-
-def test_a_second_backward_pass_is_refused_and_not_silently_wrong():
-    """The buffer of probabilities becomes the gradient in place, so it is good for one pass."""
-    total = response_logprobs(tiny_gpt(), *batch_of(ROWS)).sum()
-    total.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="inplace"):
-        total.backward()
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -341,8 +341,12 @@ def test_reported_logprobs_are_those_of_scoring(temperature):
     """Sampling and scoring are one distribution, temperature included: nothing is cut off, nothing renormalised."""
     model = tiny_gpt()
     samples = generate(model, PROMPTS * 10, LENGTH, EOS, PAD, generator(8), temperature, return_logprobs=True)
-    scored = response_logprobs(model, *samples[:3], temperature=temperature)
-    torch.testing.assert_close(samples.logprobs, scored, rtol=0, atol=2e-5)
+    for row, start, end, reported in zip(samples.tokens, samples.prompt_lengths, samples.lengths, samples.logprobs):
+        table = torch.log_softmax(model(row[None, :end])[0] / temperature, -1)
+        scored = table[start - 1:end - 1].gather(1, row[start:end, None]).squeeze(1)
+        torch.testing.assert_close(reported[:end - start], scored, rtol=0, atol=2e-5)
+    if temperature == 1:
+        torch.testing.assert_close(samples.logprobs, response_logprobs(model, *samples[:3]), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -435,7 +439,7 @@ def test_a_saved_checkpoint_has_gpt2s_names_and_orientation(tmp_path):
     save_pretrained(model, tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     assert {name: tuple(value.shape) for name, value in stored.items()} == {f"transformer.{k}": v for k, v in STORED.items()}
-    x, projection = torch.randn(8), model.h[0].attn["c_proj"]  # square: only the values tell how it lies
+    x, projection = torch.randn(8), model.h[0].attn.c_proj  # square: only the values tell how it lies
     torch.testing.assert_close(x @ stored["transformer.h.0.attn.c_proj.weight"] + stored["transformer.h.0.attn.c_proj.bias"],
                                projection(x), rtol=0, atol=1e-5)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -6,14 +6,15 @@ import pytest
 import torch
 
 import clone
-import common.pairs as pairs_module
-import dpo
-import reward_model
+import data.reviews
 from clone import root  # noqa: F401  (a fixture)
+from common import tasks
 from common.files import sha256, write_jsonl
+from common.pairs import Pair, encode_pairs, label_pairs, read_pairs, sampled_responses, split
+from common.pipeline import Start, sampled_pairs
+from common.rewards import Reward
 from common.training import generator, pad
-from conftest import naive_logprobs, tiny_gpt
-from common.pairs import encode_pairs, label_pairs, read_pairs, sampled_responses
+from conftest import naive_logprobs, smaller, tiny_gpt
 from common.tokenizer import Tokenizer, train_bpe
 from model import response_logprobs
 
@@ -182,41 +183,120 @@ def test_ids_that_do_not_say_what_the_text_says(tokenizer, ids):
         encode_pairs(rows, tokenizer, 16, "my.jsonl")
 
 
-def test_the_pairs_file_gives_back_the_sampled_responses(tmp_path, tokenizer, monkeypatch):
-    """An untrained policy samples any bytes at all; from the file come exactly the tokens that it sampled."""
-    write_jsonl(tmp_path / "prompts_train.jsonl", [{"prompt": p} for p in ("a", "a good", "the", "the bad", "film", "made")])
-    monkeypatch.setattr(pairs_module.tasks, "ensure", lambda dataset: tmp_path)
-    monkeypatch.setattr(pairs_module, "SIZES", {("reviews", "cpu"): dict(prompts=6, samples=4, scale=5.0)})
-    model = tiny_gpt(vocab_size=tokenizer.vocab_size, block_size=24, n_layer=1, size=0.3)
-    path = pairs_module.ensure_pairs(tmp_path, "reviews", "cpu", "bt", model, tokenizer, "weights",
-                                     lambda prompts, texts: torch.tensor([len(text) / 100 for text in texts]))
+@pytest.fixture
+def begin(tmp_path, tokenizer, monkeypatch):
+    """begin(pair_prompts): what pairs are sampled from: six prompts, an untrained policy, which samples any bytes at all, and a
+    reward that counts letters."""
+    def write(folder):
+        texts = ("a", "a good", "the", "the bad", "film", "made")
+        write_jsonl(folder / "prompts_train.jsonl", [{"prompt": text} for text in texts])
+        return {}
+    tasks.publish(tmp_path / "prepared", "reviews", write)
+    monkeypatch.setattr(tasks, "prepared", lambda dataset: tmp_path / "prepared")
+
+    def start(pair_prompts: int, gold_id: str = "letters", policy_id: str = "policy") -> Start:
+        monkeypatch.setattr(data.reviews, "TASK", smaller(data.reviews.TASK, pair_prompts=pair_prompts, pair_samples=6))
+        model = tiny_gpt(vocab_size=tokenizer.vocab_size, block_size=24, n_layer=1, size=0.3)
+        gold = Reward("letters", gold_id, lambda prompts, texts, _: torch.tensor([len(text) / 100 for text in texts]))
+        return Start("reviews", "cpu", "auto", tmp_path / "base", tmp_path / "sft", model, policy_id, tokenizer, gold)
+    return start
+
+
+def test_the_pairs_file_gives_back_the_sampled_responses(begin, tokenizer):
+    """From the file come exactly the tokens that the policy sampled."""
+    path = sampled_pairs(begin(6), "bt")
     rows = read_pairs(path)
     sampled = {tuple(ids) for row in rows for ids in (row["chosen_ids"], row["rejected_ids"])}
     pairs = encode_pairs(rows, tokenizer, 24, path)
-    assert len(pairs) == len(rows) > 30 and {tuple(ids) for pair in pairs for ids in (pair.chosen, pair.rejected)} == sampled
+    assert len(pairs) == len(rows) > 20 and {tuple(ids) for pair in pairs for ids in (pair.chosen, pair.rejected)} == sampled
     for pair in pairs:
         for ids in (pair.chosen, pair.rejected):  # ended by <eos>, or cut where the block ends
             assert (ids[-1] == tokenizer.eos) != (len(pair.prompt) + len(ids) == 24 and ids[-1] != tokenizer.eos)
 
 
+@pytest.mark.parametrize("name", ["pad", "bos", "eos"])
+@pytest.mark.parametrize("place", [0, 1, -1])
+def test_special_ids_inside_a_response_are_refused(name, place, begin, tokenizer):
+    """decode() drops them, so the text beside the ids does not give them away; an <eos> may stand at the end."""
+    rows = read_pairs(sampled_pairs(begin(6), "bt"))[:3]
+    ids = rows[1]["chosen_ids"]
+    ids.insert(len(ids) if place == -1 else place, getattr(tokenizer, name))
+    if (name, place) == ("eos", -1) and tokenizer.eos not in ids[:-1]:
+        assert len(encode_pairs(rows, tokenizer, 25, "p")) == 3
+        return
+    with pytest.raises(SystemExit, match="^error: p, line 2: field 'chosen_ids': has a pad, <bos> or <eos> in it"):
+        encode_pairs(rows, tokenizer, 25, "p")
+
+
+# ---- held out --------------------------------------------------------------------------------------------------------
+
+def pairs_of(prompts: list[int]) -> list[Pair]:
+    return [Pair([1, prompt], [2, i], [3, i]) for i, prompt in enumerate(prompts)]
+
+
+@pytest.mark.parametrize("draw", [False, True])
+@pytest.mark.parametrize("prompts", [[i // 6 for i in range(240)], [0] * 40 + list(range(1, 61)), [i % 7 for i in range(100)],
+                                     list(range(100)), [0] * 50, [0, 1] * 10, [0], [0, 1]], ids=str)
+def test_no_prompt_is_on_both_sides(prompts, draw):
+    """About a twentieth is held out, whole prompts; everything is on one side or the other, and something to train on."""
+    pairs = pairs_of(prompts)
+    train, held = split(pairs, draw)
+    assert sorted(train.tolist() + held.tolist()) == list(range(len(pairs))) and len(train)
+    assert not {prompts[i] for i in train.tolist()} & {prompts[i] for i in held.tolist()}
+    several = len(set(prompts)) > 1 and len(pairs) >= 20
+    assert len(held) >= len(pairs) // 20 if several else len(held) == 0
+
+
+def test_held_out_prompts_of_somebodys_file_are_drawn():
+    """A file may be sorted by topic: its end is no sample of it. Sampled pairs keep the last ones, whose order is random."""
+    pairs = pairs_of([i // 6 for i in range(1200)])
+    assert split(pairs, draw=False)[1].tolist() == list(range(1140, 1200))
+    drawn = split(pairs, draw=True)[1]
+    assert len(drawn) == 60 and abs(drawn.double().mean() - 600) < 4 * 1200 / 12**0.5 / 10**0.5
+    assert torch.equal(drawn, split(pairs, draw=True)[1])  # the same for every run
+
+
+# ---- what they were made of ------------------------------------------------------------------------------------------
+
+def test_another_policy_gold_reward_or_prompt_stops_by_name(begin, tmp_path):
+    """A reward that was edited would label the pairs differently: what is stored is of the old one."""
+    path = sampled_pairs(begin(3), "bt")
+    before = path.read_bytes()
+    assert sampled_pairs(begin(3), "bt") == path
+    for change, said in ((dict(gold_id="words"), "gold was 'letters', now 'words'"),
+                         (dict(policy_id="other"), "policy was 'policy', now 'other'")):
+        with pytest.raises(SystemExit, match=said):
+            sampled_pairs(begin(3, **change), "bt")
+    meta = json.loads((tmp_path / "prepared/meta.json").read_text())
+    meta["sha256"]["prompts_train.jsonl"] = "other"
+    (tmp_path / "prepared/meta.json").write_text(json.dumps(meta))
+    with pytest.raises(SystemExit, match="prompts was '"):
+        sampled_pairs(begin(3), "bt")
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("damage, said", [("rows", "has 2 of "), ("config", "without a config.json"), ("old", "does not say which")])
+def test_pairs_that_are_not_all_there_stop_by_name(damage, said, begin):
+    """Some rows lost, no settings beside them, or settings of an earlier version, which did not name the gold reward."""
+    path = sampled_pairs(begin(3), "bt")
+    config = path.parent / "config.json"
+    if damage == "rows":
+        path.write_text("".join(path.read_text().splitlines(True)[:2]))
+    elif damage == "config":
+        config.unlink()
+    else:
+        config.write_text(json.dumps({name: value for name, value in json.loads(config.read_text()).items() if name != "built_from"}))
+    with pytest.raises(SystemExit, match=said):
+        sampled_pairs(begin(3), "bt")
+
+
 # ---- more pairs, or fewer --------------------------------------------------------------------------------------------
 
-@pytest.fixture
-def sample_pairs(tmp_path, tokenizer, monkeypatch):
-    """sample_pairs(count): the file of the pairs for so many of six prompts; 0 = for three, which stands in SIZES."""
-    write_jsonl(tmp_path / "prompts_train.jsonl", [{"prompt": p} for p in ("a", "a good", "the", "the bad", "film", "made")])
-    monkeypatch.setattr(pairs_module.tasks, "ensure", lambda dataset: tmp_path)
-    monkeypatch.setattr(pairs_module, "SIZES", {("reviews", "cpu"): dict(prompts=3, samples=4, scale=5.0)})
-    model = tiny_gpt(vocab_size=tokenizer.vocab_size, block_size=24, n_layer=1, size=0.3)
-    return lambda count: pairs_module.ensure_pairs(tmp_path / "base", "reviews", "cpu", "bt", model, tokenizer, "weights",
-                                                   lambda prompts, texts: torch.rand(len(texts)), count)
-
-
-def test_the_prompts_of_a_smaller_set_are_the_first_of_a_larger_one(sample_pairs, tmp_path):
+def test_the_prompts_of_a_smaller_set_are_the_first_of_a_larger_one(begin, tmp_path):
     """Each number has a folder of its own name and leaves the others' files as they are; the default is one of them."""
     paths, before, prompts = {}, {}, {}
     for count in (4, 0, 2, 6):
-        paths[count] = sample_pairs(count)
+        paths[count] = sampled_pairs(begin(3), "bt", count)
         assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before} == before
         before |= {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths[count].parent.iterdir()}
         prompts[count] = list(dict.fromkeys(row["prompt"] for row in read_pairs(paths[count])))
@@ -224,30 +304,25 @@ def test_the_prompts_of_a_smaller_set_are_the_first_of_a_larger_one(sample_pairs
     assert paths == {count: tmp_path / "base" / f"pairs-bt{f'-{count}' if count else ''}" / "pairs.jsonl" for count in paths}
     assert [len(prompts[count]) for count in (2, 0, 4, 6)] == [2, 3, 4, 6]
     assert all(prompts[count] == prompts[6][:count or 3] for count in (2, 0, 4))
-    assert sample_pairs(4) == paths[4] and (paths[4].read_bytes(), paths[4].stat().st_mtime_ns) == before[paths[4]]
 
 
-def test_more_prompts_than_there_are_stop(sample_pairs, tmp_path):
-    """Asked for by --prompts; where the preset asks for more than a dataset has, all of them are taken."""
+def test_more_prompts_than_there_are_stop(begin, tmp_path):
+    """Asked for by --prompts; where the task asks for more than there are, all of them are taken."""
     with pytest.raises(SystemExit) as stop:
-        sample_pairs(7)
+        sampled_pairs(begin(3), "bt", 7)
     assert str(stop.value) == "error: --prompts 7: data/reviews has 6 training prompts"
     assert not (tmp_path / "base").exists()
-    pairs_module.SIZES["reviews", "cpu"]["prompts"] = 1600
-    assert len({row["prompt"] for row in read_pairs(sample_pairs(0))}) == 6
+    assert len({row["prompt"] for row in read_pairs(sampled_pairs(begin(1600), "bt"))}) == 6
 
 
 def test_both_scripts_train_on_as_many_prompts_as_they_are_told(root, tmp_path):
     """--prompts 5: the pairs of 5 prompts, six each, in a run folder with the number in its name."""
-    assert clone.run_here(root, tmp_path, "sft", *clone.TINY) == 0
+    assert clone.run_here(root, tmp_path, "sft", *clone.SFT) == 0
     runs = tmp_path / "runs/reviews"
-    for script, name, data in (("dpo", "dpo-5-beta0.1-seed0", "pairs"), ("reward_model", "reward-model-5", "data")):
+    for script, name in (("dpo", "dpo-beta0.1-seed0-prompts5"), ("reward_model", "reward-model-prompts5")):
         assert clone.run_here(root, tmp_path, script, "--sft", "runs/reviews/sft", "--prompts", "5") == 0
         built_from = json.loads((runs / name / "config.json").read_text())["built_from"]
-        assert built_from[data] == sha256(runs / "pairs-bt-5/pairs.jsonl")
+        assert built_from["pairs"] == sha256(runs / "pairs-bt-5/pairs.jsonl")
         assert "--prompts 61: data/reviews has 60 training prompts" in clone.run_here(
             root, tmp_path, script, "--sft", "runs/reviews/sft", "--prompts", "61")
     assert 0 < len(read_pairs(runs / "pairs-bt-5/pairs.jsonl")) <= 30 and not (runs / "pairs-bt").exists()
-    assert dpo.Config(prompts=9, labels="argmax").out == "runs/reviews/dpo-argmax-9-beta0.1-seed0"
-    assert dpo.Config(prompts=9, loss="unlikelihood").out == "runs/reviews/unlikelihood-9-alpha0.5-seed0"
-    assert reward_model.Config().out == "runs/reviews/reward-model"

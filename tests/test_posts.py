@@ -199,7 +199,7 @@ def test_lengths(posts):
     tokenizer = train_bpe([post + summary for post, summary in posts], prepare.VOCAB_SIZE)
     asked, told = ([len(ids) for ids in tokenizer.encode_batch(texts)] for texts in zip(*posts))
     assert 60 <= min(asked) < 80 and 130 < max(asked) <= 200
-    block_size = sft.Config.PRESETS["posts", "cpu"]["block_size"]
+    block_size = sft.Config(dataset="posts").block_size
     assert max(asked) + max(told) + 2 <= block_size and 2 * max(told) < block_size
 
 
@@ -250,7 +250,7 @@ def test_the_pipeline_runs_on_posts(tmp_path):
 
     tasks.publish(folder, "posts", write)
     runs, task = tmp_path / "runs/posts", ["--dataset", "posts"]
-    assert clone.run_here(root, tmp_path, "sft", *task, *clone.TINY, "--block-size", "288") == 0
+    assert clone.run_here(root, tmp_path, "sft", *task, *clone.TINY, "--block-size", "288", "--out", "runs/posts/sft") == 0
     assert clone.run_here(root, tmp_path, "dpo", *task, "--sft", "runs/posts/sft", "--prompts", "10", "--batch-size", "8") == 0
     assert clone.run_here(root, tmp_path, "ppo", *task, "--sft", "runs/posts/sft", "--reward", "gold", "--steps", "1",
                           "--batch-size", "8") == 0
@@ -259,6 +259,6 @@ def test_the_pipeline_runs_on_posts(tmp_path):
     for pair in pairs:
         for kind in ("chosen", "rejected"):
             assert pair[f"{kind}_reward"] == pytest.approx(gold_reward(pair["prompt"] + pair[kind]), abs=1e-4)
-    for run in ("dpo-10-beta0.1-seed0", "ppo-gt-beta0.1-seed0"):
+    for run in ("dpo-beta0.1-seed0-prompts10-batchsize8", "ppo-gt-beta0.1-seed0-steps1-batchsize8"):
         table = read_json(runs / run / "evaluation.json")["table"]
         assert 0 <= table["SFT"]["reward"] <= 1 and len(table) > 3

@@ -1,4 +1,4 @@
-"""What the README promises: its commands are run somewhere, its files are as long as it says, its numbers are committed."""
+"""What the README promises: its commands are run somewhere, its numbers are committed."""
 import json
 import re
 from pathlib import Path
@@ -31,11 +31,10 @@ SMALL = {
     "python data/tldr/prepare.py": "test_tldr.py",
     "python experiments/agreement.py": "test_tldr.py",
     "python ppo.py --reward FILE.py:function": "test_ppo.py",
-    "python ppo.py --reward gold --advantages leave-one-out --samples 4 --epochs 1": "test_ppo.py",
     "python dpo.py --pairs FILE.jsonl": ".ci/run, with the pairs that the first command wrote",
     "python preference_rl.py": "test_preference_rl.py",
     "python dagger.py --task track": "test_dagger.py",
-    "python dagger.py --task distill": "test_dagger.py",
+    "python experiments/distill.py": "test_distill.py",
     "python sft.py --dataset imdb --init gpt2-large --steps 1000 --lr 5e-5 --out runs/imdb-gpt2/sft": "test_model.py, test_cli.py",
     "python dpo.py --dataset imdb --sft runs/imdb-gpt2/sft --lr 1e-5": "test_imdb.py: test_the_whole_imdb_pipeline",
 }
@@ -50,9 +49,14 @@ def test_every_command_is_run():
         assert command in SMALL or command in ran.splitlines() or command.replace("pip install", "pip install -q") in ran, command
 
 
-def test_lengths_in_the_file_table():
-    for name, lines in re.findall(r"^\| \[`(\w+\.py)`\].*\| (\d+) \|$", README, flags=re.M):
-        assert abs(len((ROOT / name).read_text().splitlines()) - int(lines)) <= 10, name
+def test_the_tests_named_beside_the_known_bugs_exist():
+    """tests/README.md: each `name` after "test_FILE:" is a test of that file."""
+    named = re.findall(r"(test_\w+): (`[^|;.]*`)", (ROOT / "tests" / "README.md").read_text(encoding="utf-8"))
+    assert len(named) > 40
+    for module, names in named:
+        source = (ROOT / "tests" / f"{module}.py").read_text()
+        for name in re.findall(r"`([a-z]\w+)`", names):
+            assert f"def test_{name}(" in source, (module, name)
 
 
 def test_every_root_file_is_in_the_table():

@@ -1,23 +1,20 @@
-"""reward_model.py: the Bradley-Terry loss, what the classifier is trained on, measures worked out by hand, small runs."""
-import json
+"""reward_model.py: the Bradley-Terry loss, measures worked out by hand, small runs."""
 import math
 import random
 
 import pytest
 import torch
 
-from common import tasks
-import evaluate
 import reward_model
 from common.files import write_jsonl
+from common.pairs import encode_pairs, read_pairs, split
+from common.rewards import all_scores
+from common.run import load_run
+from common.tokenizer import Tokenizer
 from common.training import batches, generator, pad
 from conftest import log_of, tiny_gpt
-from common.pairs import encode_pairs, read_pairs
-from common.tokenizer import Tokenizer
-from evaluate import all_scores
-from common.run import load_run
 from model import ScalarModel
-from reward_model import pair_accuracy, reward_loss, scalar_model, truncated_accuracy, windows
+from reward_model import pair_accuracy, reward_loss
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
 
@@ -89,25 +86,10 @@ def test_a_calibrated_model_is_right_as_often_as_it_says():
 
 # ---- what the network is given ---------------------------------------------------------------------------------------
 
-def test_windows_are_pieces_of_the_text_half_of_them_from_its_start():
-    ids = [list(range(100, 100 + n)) for n in (3, 9, 10, 11, 60)] * 400
-    cut = windows(ids, 10, bos=1, epoch_seed=generator(0))
-    starts = []
-    for row, window in zip(ids, cut):
-        assert window[0] == 1 and 2 <= len(window) <= 10
-        start = window[1] - 100
-        assert window[1:] == row[start:start + 9]
-        starts.append(start)
-    assert all(len(window) == min(len(row), 9) + 1 for row, window, start in zip(ids, cut, starts) if start == 0)
-    long = torch.tensor(starts[4::5])  # of 60 tokens: any start from 0 to 54 in half of the cases
-    assert abs((long == 0).double().mean().item() - (0.5 + 0.5 / 55)) < 4 * math.sqrt(0.25 / 400)
-    assert long.max() > 45 and abs(long[long > 0].double().mean().item() - 27.5) < 4 * 55 / math.sqrt(12 * 200)
-
-
 def test_the_network_starts_from_the_policy():
     policy = tiny_gpt()
     for block_size in (12, 8, 20):
-        model = scalar_model(policy, block_size, seed=0).eval()
+        model = ScalarModel.from_policy(policy, block_size, seed=0).eval()
         tokens = torch.tensor([[1, 4, 4, 10, 0, 7, 3]])
         assert torch.equal(model.gpt.hidden(tokens), policy.hidden(tokens))
         assert model.gpt.wpe.weight.shape[0] == block_size
@@ -133,8 +115,9 @@ def test_first_step_on_pairs_is_the_definition(sft_run, pairs_file, tmp_path, gr
     tokenizer = Tokenizer.load(sft_run / "tokenizer.tiktoken")
     pairs = encode_pairs(read_pairs(pairs_file), tokenizer, policy.config.block_size, pairs_file)
     longest = torch.tensor([len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs])
-    batch = next(batches(longest[:76], 12, seed=0)).tolist()
-    model = scalar_model(policy, policy.config.block_size, seed=0)
+    rows, _ = split(pairs, draw=True)
+    batch = rows[next(batches(longest[rows], 12, seed=0))].tolist()
+    model = ScalarModel.from_policy(policy, policy.config.block_size, seed=0)
     margins = torch.stack([model(torch.tensor([pairs[i].prompt + pairs[i].chosen]))[0, -1]
                            - model(torch.tensor([pairs[i].prompt + pairs[i].rejected]))[0, -1] for i in batch])
     loss = torch.log(1 + torch.exp(-margins)).mean()
@@ -166,50 +149,15 @@ def test_separable_pairs_are_learned_and_scores_are_normalised(sft_run, tmp_path
     torch.testing.assert_close(one_by_one, chosen[:5], rtol=0, atol=1e-4)  # in the order they were given, padding unseen
 
 
-@pytest.fixture
-def labelled(small_reviews, tmp_path, monkeypatch):
-    """A task whose documents have labels: reviews, positive or not by the gold reward; every third has none."""
-    folder = tmp_path / "data"
-    for name, count in (("train", 900), ("test", 100)):
-        rows = [json.loads(line) for line in (small_reviews / f"{name}.jsonl").read_text().splitlines()[:count]]
-        labels = [int(evaluate.gold_reward("reviews", tmp_path)([""], [row["text"]]).item() > 0.5) for row in rows]
-        write_jsonl(folder / f"{name}.jsonl", ({**row, "label": label if name == "test" or i % 3 else None}
-                                               for i, (row, label) in enumerate(zip(rows, labels))))
-    monkeypatch.setattr(tasks, "ensure", lambda dataset: folder)
-    return folder
+def test_equal_scores_have_no_scale_and_divide_nothing(sft_run, pairs_file, tmp_path, monkeypatch):
+    """A head that says 0 of everything: the standard deviation of the scores is 0, and what PPO would get must be finite."""
+    original = ScalarModel.from_policy.__func__
 
-
-def test_the_classifier_is_trained_on_every_prefix(sft_run, labelled, tmp_path, gradients):
-    """The first loss is, for each document, the mean over the tokens of its window of -log p(label | text so far), where every
-    prefix is scored by itself; then the mean over documents. At once or in micro-batches."""
-    policy, _ = load_run(sft_run)
-    tokenizer = Tokenizer.load(sft_run / "tokenizer.tiktoken")
-    rows = [row for row in map(json.loads, (labelled / "train.jsonl").read_text().splitlines()) if row["label"] is not None]
-    ids = [tokenizer.encode(row["text"]) for row in rows]
-    n = len(rows) - len(rows) // 20
-    batch = next(batches(torch.tensor([min(len(row), 40) for row in ids[:n]]), 12, seed=0)).tolist()
-    model, expected, right = scalar_model(policy, 40, seed=0), 0.0, 0
-    for i, window in zip(batch, windows([ids[i] for i in batch], 40, tokenizer.bos, generator(0, 7, 0))):
-        sign = 1 if rows[i]["label"] else -1
-        scores = torch.cat([model.score(torch.tensor([window[:t]]), torch.tensor([t])) for t in range(1, len(window) + 1)])
-        expected = expected + torch.log(1 + torch.exp(-sign * scores)).mean() / 12
-        right += sign * scores[-1].item() > 0
-    expected.backward()
-    for micro_batch_size in (0, 5):
-        gradients.clear()
-        folder = reward_model.train(reward_model.Config(
-            sft=str(sft_run), on="labels", out=str(tmp_path / f"gold{micro_batch_size}"), batch_size=12, block_size=40,
-            epochs=0.05, warmup=1, micro_batch_size=micro_batch_size))
-        first = log_of(folder)[0]
-        assert (first["loss"], first["accuracy"]) == (pytest.approx(expected.item(), abs=1e-5), pytest.approx(right / 12))
-        torch.testing.assert_close(gradients[0], [p.grad for p in model.parameters()], rtol=1e-3, atol=1e-5)
-
-
-def test_accuracy_of_truncated_texts(sft_run, monkeypatch):
-    """The first `words` words are what is judged; a stand-in classifier says positive where it sees "good"."""
-    monkeypatch.setattr(evaluate, "classifier_logits",
-                        lambda model, tokenizer, texts, dtype: torch.tensor([1.0 if "good" in text else -1.0 for text in texts]))
-    rows = [{"text": "a good film", "label": 1}, {"text": "at the end good", "label": 1}, {"text": "no", "label": 0},
-            {"text": "not\nso  good", "label": 0}]
-    found = [truncated_accuracy(None, None, rows, words, "auto") for words in (1, 2, 3, None)]
-    assert found == [0.5, 0.75, 0.5, 0.75]
+    def flat(cls, *args):
+        model = original(cls, *args)
+        torch.nn.init.zeros_(model.head.weight)
+        return model
+    monkeypatch.setattr(ScalarModel, "from_policy", classmethod(flat))
+    _, folder = run_on_pairs(sft_run, pairs_file, tmp_path / "rm", lr=1e-30)
+    model, _ = load_run(folder, ScalarModel)
+    assert model.std == 1 and model.score(torch.tensor([[1, 2, 3]]), torch.tensor([3])).isfinite().all()

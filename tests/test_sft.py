@@ -15,10 +15,10 @@ from conftest import log_of, naive_logprobs, tiny_gpt
 from common.pairs import encode_pairs, read_pairs
 from data.reviews.grammar import sample_review
 from common.tokenizer import Tokenizer, train_bpe
-from evaluate import mean_and_error
+from common.statistics import mean_se
 from common.run import load_run
 from model import GPT, GPTConfig, summed_logprobs
-from sft import encode_documents, held_out, read_documents
+from sft import Rows, encode_documents, held_out_loss, read_documents
 
 
 # ---- documents and the held-out loss ---------------------------------------------------------------------------------
@@ -35,6 +35,13 @@ def test_long_texts_are_cut_before_encoding_without_a_difference():
     texts = ["the cat sat on the mat " * n for n in (1, 3, 50)]
     whole = [([tokenizer.bos] + tokenizer.encode(text) + [tokenizer.eos])[:12] for text in texts]
     assert encode_documents(texts, tokenizer, 12) == whole
+
+
+def test_a_text_that_was_cut_has_no_eos_though_its_tokens_fit():
+    """GPT-2 has tokens of 64 dashes: the part of a text that is encoded may have fewer tokens than a row has room for."""
+    tokenizer = train_bpe(["-" * 64] * 9, 300)
+    row, = encode_documents(["-" * 1000], tokenizer, block_size=10)
+    assert len(row) < 10 and row[-1] != tokenizer.eos
 
 
 def test_a_prompt_stands_between_bos_and_text_and_is_given(tmp_path):
@@ -56,8 +63,7 @@ def test_held_out_loss_and_bits_per_byte_by_hand():
     """Nats of every token after <bos>, <eos> included; bytes are those of the text (日本 has 6)."""
     tokenizer, model, texts = train_bpe(["aa aa"], 260), tiny_gpt(vocab_size=260, block_size=16), ["aa b", "日本", "aaaa aa."]
     rows = encode_documents(texts, tokenizer, 16)
-    tokens, lengths = pad(rows, tokenizer.pad)
-    found = held_out(model, tokens, torch.ones(3, dtype=torch.long), lengths, tokenizer, "float32")
+    found = held_out_loss(model, Rows.of(rows, [1, 1, 1], tokenizer.pad), tokenizer, "float32")
     nats = -sum(naive_logprobs(model, row[:1], row[1:]).sum().item() for row in rows)
     assert found["nats_per_document"] == pytest.approx(nats / 3, rel=1e-5)
     assert found["nats_per_token"] == pytest.approx(nats / sum(len(row) - 1 for row in rows), rel=1e-5)
@@ -116,7 +122,7 @@ def test_no_model_beats_the_entropy_and_a_short_run_comes_near(small_run):
     tokens, lengths = pad(rows := encode_documents(texts, tokenizer, 112), tokenizer.pad)
     assert all(row[-1] == tokenizer.eos for row in rows)  # none was cut: log-probabilities of whole texts
     lost = torch.tensor(exact) - summed_logprobs(model, tokens, torch.ones(400, dtype=torch.long), lengths)
-    mean, error = mean_and_error(lost)
+    mean, error = mean_se(lost.tolist())
     assert -4 * error < mean < 30
     assert log[0]["loss"] == pytest.approx(math.log(tokenizer.vocab_size), abs=0.1)  # at first every token is as likely
 
@@ -137,10 +143,14 @@ def test_the_loss_counts_the_text_and_not_its_prompt(small_run, small_reviews, t
     """One batch of all rows, half of them with a prompt: -log p(text | prompt) per token of the texts, <eos> included."""
     tokenizer = Tokenizer.load(small_reviews / "tokenizer.tiktoken")
     rows = [{"text": " It was dull."}, {"prompt": "I saw a film.", "text": " It was superb."}] * 3
-    for name in ("train", "test"):
-        write_jsonl(tmp_path / "task" / f"{name}.jsonl", rows)
-    tokenizer.save(tmp_path / "task" / "tokenizer.tiktoken")
-    monkeypatch.setattr(tasks, "ensure", lambda dataset: tmp_path / "task")
+
+    def write(folder):
+        for name in ("train", "test"):
+            write_jsonl(folder / f"{name}.jsonl", rows)
+        tokenizer.save(folder / "tokenizer.tiktoken")
+        return {}
+    tasks.publish(tmp_path / "task", "reviews", write)
+    monkeypatch.setattr(tasks, "prepared", lambda dataset: tmp_path / "task")
     torch.manual_seed(4)
     model = GPT(GPTConfig(tokenizer.vocab_size, 80, 1, 2, 16))
     parts = [([tokenizer.bos] + tokenizer.encode(row.get("prompt", "")), tokenizer.encode(row["text"]) + [tokenizer.eos])

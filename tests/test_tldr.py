@@ -13,18 +13,18 @@ import pytest
 import torch
 
 import clone
-from common import tasks
-import evaluate
-import reward_model
-import sft
-from common.files import read_json, read_jsonl, write_jsonl
+from common import pipeline, tasks
+from common.files import read_json, read_jsonl, write_json, write_jsonl
+from common.rewards import exact_reward, pair_scores
+from common.run import load_run, save_tensors
+from common.tokenizer import Tokenizer, train_bpe
+from common.training import fingerprint
+from conftest import skip_without_loopback, smaller
 from data import tldr
 from data.posts.grammar import sample_post
-from experiments import agreement
 from data.tldr import prepare as tldr_prepare
-from common.tokenizer import Tokenizer, train_bpe
-from common.run import load_run
-from model import ScalarModel
+from experiments import agreement
+from model import GPTConfig, ScalarModel
 
 PROMPT, PAIR = {"prompt": str}, {"prompt": str, "chosen": str, "rejected": str}
 
@@ -257,6 +257,7 @@ def test_an_article_ends_with_a_whole_sentence():
 
 def test_prepare_downloads_beside_the_output(archive, tmp_path, monkeypatch, error):
     """The files lie on a server on 127.0.0.1 as OpenAI has them."""
+    skip_without_loopback()
     site = tmp_path / "site"
     for path in archive.rglob("*.json*"):
         part = "dataset" if path.suffix == ".json" else "datasets/tldr_3_filtered"
@@ -333,30 +334,33 @@ def test_gold_reward(prepared, error):
         for row in read_jsonl(prepared / f"{name}.jsonl", {"prompt": str, "text": str}):
             assert tldr.gold_reward(row["prompt"] + row["text"]) == 1
             assert tldr.gold_reward(row["prompt"]) == 0
-    assert evaluate.has_exact_reward("tldr")
-    rewards = evaluate.gold_reward("tldr", Path())([row["prompt"]] * 2, [" News. TL;DR: news!", " Good!"])
+    rewards = exact_reward("tldr")([row["prompt"]] * 2, [" News. TL;DR: news!", " Good!"])
     number = len(tldr.words(row["text"]))
     assert rewards.tolist() == pytest.approx([4 / (number + 4), 2 / (number + 1)])
     message = error(tldr.gold_reward, "SUBREDDIT: r/x\n\nTITLE: y\n\nPOST: unknown\n\nTL;DR: z")
     assert "no author's summary" in message and "unknown" in message
-    assert "stand-in" in tldr.REWARD_NAME
+    assert "stand-in" in tldr.TASK.gold_name
 
 
-# ---- agreement -------------------------------------------------------------------------------------------------------
+# ---- agreement -----------------------------------------------------------------------------------
 
 def test_agreement_by_hand():
     row = {"prompt": "", "worker": "w", "reference": "the cat sat"}
-    rows = [row | {"id": "1", "chosen": " the cat", "rejected": " a dog ran"},  # ROUGE-L: right; longer: wrong
-            row | {"id": "1", "chosen": " a dog ran", "rejected": " the cat", "worker": "v"},  # wrong; right
-            row | {"id": "1", "chosen": " the cat", "rejected": " a dog ran", "worker": "u"},  # right; wrong
-            row | {"id": "2", "chosen": " the cat sat", "rejected": " a dog"},  # has the reference; right
+    cat = {"chosen": " the cat", "rejected": " a dog ran"}
+    dog = {"chosen": " a dog ran", "rejected": " the cat"}
+    rows = [row | cat | {"id": "1"},  # ROUGE-L: right; the longer one: wrong
+            row | dog | {"id": "1", "worker": "v"},  # wrong; right
+            row | cat | {"id": "1", "worker": "u"},  # right; wrong
+            row | {"id": "2", "chosen": " the cat sat", "rejected": " a dog"},  # not asked; right
             row | {"id": "3", "chosen": " x y", "rejected": " z z"},  # both 0; as long
             row | {"id": "4", "chosen": " x y", "rejected": " z", "reference": None}]  # unknown; right
     assert agreement.by_rouge(rows) == [("1", 1), ("1", 0), ("1", 1), ("3", 0.5)]
-    assert agreement.by_length(rows) == [("1", 0), ("1", 1), ("1", 0), ("2", 1), ("3", 0.5), ("4", 1)]
+    assert agreement.by_length(rows) == [
+        ("1", 0), ("1", 1), ("1", 0), ("2", 1), ("3", 0.5), ("4", 1)]
     assert sorted(agreement.between_people(rows)) == [("1", 0), ("1", 0), ("1", 1)]
     [line] = agreement.table({"ROUGE-L": agreement.by_rouge(rows), "nobody": []})
-    assert line == {"name": "ROUGE-L", "agreement": 2.5 / 4, "interval": (0.5, 2 / 3), "comparisons": 4, "posts": 2}
+    assert line == {"name": "ROUGE-L", "agreement": 2.5 / 4, "interval": (0.5, 2 / 3),
+                    "comparisons": 4, "posts": 2}
 
 
 def test_interval_draws_posts_and_covers():
@@ -364,7 +368,50 @@ def test_interval_draws_posts_and_covers():
     coins = [(str(i), float(i % 2)) for i in range(50)]
     for times in 1, 10:
         low, high = agreement.interval(coins * times)
-        assert (low, high) == (pytest.approx(0.5 - 1.96 * 0.5 / 50 ** 0.5, abs=0.025), pytest.approx(1 - low, abs=0.025))
+        assert low == pytest.approx(0.5 - 1.96 * 0.5 / 50 ** 0.5, abs=0.025)
+        assert high == pytest.approx(1 - low, abs=0.025)
+
+
+@pytest.fixture
+def reward_model_run(tmp_path):
+    """run(dataset): the folder of a finished reward model of that task, with random weights."""
+    def run(dataset: str) -> Path:
+        folder = tmp_path / dataset
+        tokenizer = train_bpe(["the cat sat on a dog"], 270)
+        tokenizer.save(folder / "tokenizer.tiktoken")
+        torch.manual_seed(0)
+        model = ScalarModel(GPTConfig(tokenizer.vocab_size, 24, 1, 1, 8))
+        save_tensors(folder / "model.pt", {
+            "model": model.state_dict(), "kind": "ScalarModel", "dataset": dataset,
+            "architecture": vars(model.config), "tokenizer": tokenizer.fingerprint})
+        write_json(folder / "config.json", {})
+        return folder
+    return run
+
+
+def test_a_reward_models_choice(reward_model_run):
+    """The response to which it gives the higher score at the last token, by the slow way."""
+    folder = reward_model_run("tldr")
+    rows = [{"id": str(i), "prompt": "on", "chosen": f" cat{i}", "rejected": f" dog{9 - i}"}
+            for i in range(10)]
+    model, _ = load_run(folder, ScalarModel)
+    tokenizer = Tokenizer.load(folder / "tokenizer.tiktoken")
+
+    def score(row, name):
+        tokens = tokenizer.encode(row["prompt"]) + tokenizer.encode(row[name])
+        return model(torch.tensor([[tokenizer.bos, *tokens, tokenizer.eos]]))[0, -1].item()
+    expected = [(row["id"], float(score(row, "chosen") > score(row, "rejected"))) for row in rows]
+    assert agreement.by_reward_model(folder, rows) == expected
+    assert {agreed for _, agreed in expected} == {0, 1}
+
+
+def test_agreements_mistakes_are_one_line(reward_model_run, tmp_path, error):
+    """A folder without a run, a reward model of another task, and data that is not there."""
+    assert "no finished run there" in error(agreement.main, [str(tmp_path)])
+    assert "no finished run there" in error(agreement.main, [str(tmp_path / "nothing")])
+    message = error(agreement.by_reward_model, reward_model_run("posts"), [])
+    assert "was trained with dataset 'posts', expected 'tldr'" in message
+    assert "prepare.py makes it" in error(agreement.main, [], tmp_path / "prepared")
 
 
 # ---- the whole pipeline ----------------------------------------------------------------------------------------------
@@ -373,31 +420,31 @@ def test_the_pipeline_runs_on_tldr(root, prepared, tmp_path, monkeypatch, capsys
     """dpo.py alone, then a reward model on the human comparisons and its agreement with them: SFT starts from the pretrained
     model, which is trained first, and every response has the reward that ROUGE-L gives it."""
     tiny = dict(block_size=512, batch_size=8, steps=2, warmup=1)
-    monkeypatch.setattr(sft.Config, "PRESETS", {("tldr", "cpu", "pretrain"): dict(n_layer=1, n_embd=16, n_head=2, **tiny),
-                                                ("tldr", "cpu"): tiny})
-    monkeypatch.setitem(evaluate.SIZES, ("tldr", "cpu"), (4, 8))
+    settings = {"sft pretrain": dict(n_layer=1, n_embd=16, n_head=2, **tiny), "sft": tiny}
+    monkeypatch.setattr(tldr, "TASK", smaller(tldr.TASK, bank_prompts=4, bank_samples=8, settings=settings))
     task = ["--dataset", "tldr"]
     assert clone.run_here(root, tmp_path, "dpo", *task, "--prompts", "4", "--batch-size", "8") == 0
     runs = tmp_path / "runs/tldr"
-    assert read_json(runs / "sft/config.json")["init"] == "runs/tldr/pretrained"
-    assert (runs / "pretrained/model.pt").exists()
-    assert read_json(runs / "dpo-4-beta0.1-seed0/config.json")["labels"] == "argmax"
+    pretrained = fingerprint(load_run(runs / "pretrained")[0].state_dict())
+    assert read_json(runs / "sft/config.json")["built_from"]["init"] == pretrained
+    assert read_json(runs / "dpo-beta0.1-seed0-prompts4-batchsize8/config.json")["labels"] == "argmax"
     for row in read_jsonl(runs / "pairs-argmax-4/pairs.jsonl", PAIR | {"chosen_reward": float, "rejected_reward": float}):
         assert row["chosen_reward"] > row["rejected_reward"]
         assert row["chosen_reward"] == pytest.approx(tldr.gold_reward(row["prompt"] + row["chosen"]), abs=1e-4)
     assert clone.run_here(root, tmp_path, "reward_model", *task, "--pairs", prepared / "comparisons_train.jsonl",
-                          "--block-size", "640", "--batch-size", "8") == 0
+                          "--block-size", "640", "--batch-size", "8", "--out", "runs/tldr/reward-model") == 0
     capsys.readouterr()
     lines = agreement.main([str(runs / "reward-model")], prepared)
     shown = capsys.readouterr().out
     assert [row["name"].partition(",")[0] for row in lines][-1] == str(runs / "reward-model") and "73 to 77%" in shown
     assert all(0 <= row["interval"][0] <= row["agreement"] <= row["interval"][1] <= 1 for row in lines)
     # with enough comparisons a model of them is the gold reward, and ROUGE-L no longer
-    assert evaluate.reward_name("tldr", runs) == tldr.REWARD_NAME
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reward_model, "MIN_COMPARISONS", 2)
-    gold = reward_model.ensure_gold(Path("runs/tldr/sft"), "tldr", "cpu")
-    assert "trained on pairs" in evaluate.reward_name("tldr", runs)
+    start = pipeline.load(Path("runs/tldr/sft"), "tldr", "cpu")
+    assert pipeline.gold_reward(start).name == tldr.TASK.gold_name
+    monkeypatch.setattr(pipeline, "MIN_COMPARISONS", 2)
+    gold = pipeline.gold_reward(start)
+    assert "trained on pairs" in gold.name and gold.id != exact_reward("tldr").id
     assert read_json(runs / "gold/config.json")["pairs"] == str(prepared / "comparisons_train.jsonl")
     model, tokenizer = load_run(runs / "gold", ScalarModel)[0], Tokenizer.load(runs / "gold/tokenizer.tiktoken")
     rows = read_jsonl(prepared / "comparisons_test.jsonl", PAIR)
@@ -406,6 +453,6 @@ def test_the_pipeline_runs_on_tldr(root, prepared, tmp_path, monkeypatch, capsys
         assert reward == pytest.approx(torch.sigmoid(model(torch.tensor([ids]))[0, -1]).item(), abs=1e-5)
     assert "no finished run" in error(agreement.main, [str(tmp_path)], prepared)
     monkeypatch.setattr(model.config, "block_size", 40)
-    assert "tokens, the block size of the reward model is 40" in error(evaluate.pair_scores, model, tokenizer,
+    assert "tokens, the block size of the reward model is 40" in error(pair_scores, model, tokenizer,
                                                                        [row["prompt"]], [row["chosen"]])
     assert "no pretrain.jsonl" in clone.run_here(root, tmp_path, "sft", "--on", "pretrain")
