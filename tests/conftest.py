@@ -8,6 +8,7 @@ import json
 import os
 import random
 import runpy
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -16,6 +17,9 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # expectations are computed on the CPU,
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+# a shell that starts pytest in the background ignores SIGINT for it, and for the processes that tests start and stop
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
