@@ -355,8 +355,7 @@ def compare_settings(folder: Path, config: Any, built_from: dict | None, advice:
 
     Args:
         config: a Config, or a dict for what has none (pairs, the bank). A setting that an old
-            config.json lacks had its
-            default then: the field is newer than the run.
+            config.json lacks had its default then: the field is newer than the run.
         built_from: what it must be made from. What an old config.json does not say of that is not
             known.
     """
@@ -365,10 +364,8 @@ def compare_settings(folder: Path, config: Any, built_from: dict | None, advice:
         return
     old = read_json_object(path)
     if dataclasses.is_dataclass(config):
-        choice = {
-            name: getattr(config, name)
-            for name in ("dataset", "preset", "on") if hasattr(config, name)
-        }
+        choice = {name: getattr(config, name)
+                  for name in ("dataset", "preset", "on") if hasattr(config, name)}
         default = settings.defaults_of(type(config), **choice)
         config = dataclasses.asdict(config)
     else:

@@ -386,7 +386,7 @@ def test_a_setting_that_an_old_run_does_not_know_had_its_default(root, work, tmp
     """A new field in a Config must not make every finished run unusable; another value of it is another run."""
     shutil.copytree(work / "runs/reviews/dpo", tmp_path / "run")
     config = json.loads((tmp_path / "run/config.json").read_text())
-    del config["label_smoothing"], config["bank_samples"]
+    del config["label_smoothing"]
     (tmp_path / "run/config.json").write_text(json.dumps(config))
     command = [*arguments("dpo", work), "--out", "run"]
     assert "label_smoothing was 0.0, now 0.1" in run(root, tmp_path, "dpo", *command, "--label-smoothing", "0.1")
@@ -459,7 +459,7 @@ def test_a_disk_that_fills_up_while_torch_saves(room, tmp_path):
 def test_a_disk_that_fills_up_while_the_log_is_written(root, work, tmp_path):
     """The log is written at every step, so it is what fails first: one line, and the checkpoint before it is whole."""
     command = f"{sys.executable} {root / 'dpo.py'} --sft {work / 'runs/reviews/sft'} --pairs {work / 'pairs.jsonl'} --out run"
-    done = subprocess.run(["bash", "-c", f"ulimit -f 8; exec {command} --batch-size 1 --epochs 4"],  # 8 kB a file
+    done = subprocess.run(["bash", "-c", f"ulimit -f 8; exec {command} --bank-samples 8 --batch-size 1 --epochs 4"],  # 8 kB a file
                           cwd=tmp_path, capture_output=True, text=True, env=clone.environment())
     assert done.returncode == 1 and messages(done.stderr) == ["error: run/log.jsonl: cannot be written (File too large)"]
     assert not (tmp_path / "run/model.pt").exists()
