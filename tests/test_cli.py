@@ -514,18 +514,25 @@ def test_a_reward_model_that_cannot_be_used(run, expected, refused):
     ("ppo", ["--samples", "3"], "error: --batch-size 256: must be a multiple of --samples 3"),
     ("evaluate", [], "error: the following arguments are required: run (see --help)")])
 def test_a_real_process_says_one_line_and_exits_1_at_once(script, argv, expected, root, tmp_path):
-    """As a shell sees it: nothing on stdout, one line on stderr, status 1; and in under 2 s of processor time, nearly all
-    of which is the import of torch (wall time would measure what else the machine does)."""
+    """As a shell sees it: nothing on stdout, one line on stderr, status 1; and nearly all of its processor time is the
+    import of torch, so it is compared with that."""
+    def processor_time() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
     for attempt in range(2):  # the better of two
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        before = processor_time()
         process = clone.start(root, script, *argv, cwd=tmp_path)
         output, errors = process.communicate(timeout=60)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds = processor_time() - before
         assert (process.returncode, output, errors) == (1, "", expected + "\n")
         assert os.listdir(tmp_path) == []
-        if (seconds := after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) < 2:
+        before = processor_time()
+        subprocess.run([sys.executable, "-c", "import torch"], check=True)
+        alone = processor_time() - before
+        if seconds < 1.5 * alone:
             break
-    assert seconds < 2
+    assert seconds < 1.5 * alone
 
 
 def test_import_draws_in_no_library_that_only_some_runs_need():
