@@ -237,6 +237,7 @@ class Run:
         """Stop before the optimizer sees a NaN or an infinity; the last good checkpoint stays as it
         is."""
         if not all(math.isfinite(value) for value in values.values()):
+            self._release_signals()  # this run can no longer answer them
             named = ", ".join(f"{name} = {value}" for name, value in values.items())
             fail(
                 f"step {step}: {named}; rows {rows.tolist()}. The last good checkpoint, if any, is "

@@ -18,9 +18,6 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # expectations are computed on the CPU,
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-# a shell that starts pytest in the background ignores SIGINT for it, and for the processes that tests start and stop
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -35,6 +32,14 @@ from common.files import write_jsonl  # noqa: E402
 from common.tokenizer import train_bpe  # noqa: E402
 from data.reviews.grammar import gold_reward, sample_review  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """Ctrl-C and SIGTERM do what they usually do, here and in what a test starts: a shell that starts pytest in the
+    background ignores SIGINT, and a training that a test has broken off leaves its own handlers."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # ---- tiny models -----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ before anything is built: a mistake in the last file that a run reads must not c
 """
 import ast
 import dataclasses
+import functools
 import importlib
 import inspect
 import json
@@ -55,11 +56,11 @@ def work(root, tmp_path_factory) -> Path:
     work = tmp_path_factory.mktemp("work")
     runs = work / "runs/reviews"
     clone.write_pairs(work / "pairs.jsonl")
-    run = lambda *command: clone.run_here(root, work, *command)  # noqa: E731
+    run = functools.partial(clone.run_here, root, work)
     policy = ["--sft", "runs/reviews/sft"]
     assert run("sft", *clone.SFT) == 0
     assert run("reward_model", *policy, "--pairs", "pairs.jsonl", "--out", "runs/reviews/reward-model") == 0
-    assert run("dpo", *policy, "--pairs", "pairs.jsonl", "--out", "runs/reviews/dpo") == 0
+    assert run("dpo", *policy, "--pairs", "pairs.jsonl", "--out", "runs/reviews/dpo", draw=True) == 0
     for script in "ppo", "reinforce":
         assert run(script, *policy, "--reward", "gold", "--steps", "2", "--batch-size", "8", "--warmup", "1",
                    "--out", f"runs/reviews/{script}") == 0
@@ -508,10 +509,7 @@ def test_a_reward_model_that_cannot_be_used(run, expected, refused):
 # ---- real processes --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("script, argv, expected", [
-    ("sft", ["--lr", "nan"], "error: --lr nan: must be > 0 and finite"),
-    ("reward_model", ["--pairs", "nope.jsonl"], "error: nope.jsonl: no such pairs file"),
     ("dpo", ["--nope"], "error: unrecognized arguments: --nope (see --help)"),
-    ("ppo", ["--samples", "3"], "error: --batch-size 256: must be a multiple of --samples 3"),
     ("evaluate", [], "error: the following arguments are required: run (see --help)")])
 def test_a_real_process_says_one_line_and_exits_1_at_once(script, argv, expected, root, tmp_path):
     """As a shell sees it: nothing on stdout, one line on stderr, status 1; and nearly all of its processor time is the
@@ -520,19 +518,14 @@ def test_a_real_process_says_one_line_and_exits_1_at_once(script, argv, expected
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         return used.ru_utime + used.ru_stime
 
-    for attempt in range(2):  # the better of two
-        before = processor_time()
-        process = clone.start(root, script, *argv, cwd=tmp_path)
-        output, errors = process.communicate(timeout=60)
-        seconds = processor_time() - before
-        assert (process.returncode, output, errors) == (1, "", expected + "\n")
-        assert os.listdir(tmp_path) == []
-        before = processor_time()
-        subprocess.run([sys.executable, "-c", "import torch"], check=True)
-        alone = processor_time() - before
-        if seconds < 1.5 * alone:
-            break
-    assert seconds < 1.5 * alone
+    times = [processor_time()]
+    process = clone.start(root, script, *argv, cwd=tmp_path)
+    assert (*process.communicate(timeout=60), process.returncode) == ("", expected + "\n", 1)
+    times.append(processor_time())
+    subprocess.run([sys.executable, "-c", "import torch"], check=True)
+    times.append(processor_time())
+    assert os.listdir(tmp_path) == []
+    assert times[1] - times[0] < 1.5 * (times[2] - times[1])
 
 
 def test_import_draws_in_no_library_that_only_some_runs_need():

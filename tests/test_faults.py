@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import classifier
 import clone
 import data.reviews
 import dpo
@@ -109,34 +110,33 @@ def messages(errors: str) -> list[str]:
 
 # ---- kills and Ctrl-C ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_killed_and_resumed_ends_where_an_undisturbed_run_ends(stage, root, work, tmp_path):
-    """kill -9 at a random step (sft: twice), then --resume: weights, optimizer, step and order of the rows all return; with
-    PPO also the value network, beta where it adapts, and what scores are counted from."""
+    """kill -9 at a random step, then --resume: weights, optimizer, step and order of the rows all return; with PPO also the
+    value network, beta where it adapts, and what scores are counted from. Every other script goes on after a NaN, below."""
     folder, when = tmp_path / "run", random.Random(SEED)
     command = [*arguments(stage, work), "--out", folder]
-    for _ in range(2 if stage == "sft" else 1):
-        at = last_step(folder) + when.randint(3, 12)
-        resume = ["--resume"] if folder.exists() else []
-        process = clone.start(root, stage, *command, *EVERY_STEP, *resume, cwd=tmp_path)
-        assert stop_at(signal.SIGKILL, process, folder, at)[0] == -signal.SIGKILL, f"seed {SEED}"
-        assert not (folder / "model.pt").exists()
+    at = when.randint(3, 12)
+    process = clone.start(root, stage, *command, *EVERY_STEP, cwd=tmp_path)
+    assert stop_at(signal.SIGKILL, process, folder, at)[0] == -signal.SIGKILL, f"seed {SEED}"
+    assert not (folder / "model.pt").exists()
     assert run(root, tmp_path, stage, *command, "--resume") == 0
     assert same_weights(folder, work / "runs/reviews" / stage), f"seed {SEED}, killed near step {at}"
     assert log(folder) == log(work / "runs/reviews" / stage), "each step once, with the same numbers"
     assert not list(folder.glob("checkpoint*")) and not list(folder.glob(".*")), "what a kill leaves is cleared at the end"
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo", "ppo"])
-def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(stage, root, work, tmp_path):
-    """Ctrl-C loses nothing: the step in hand is finished and saved, though no checkpoint was due for an hour."""
+@pytest.mark.parametrize("stage, number, status", [("dpo", signal.SIGINT, 130), ("sft", signal.SIGTERM, 143)])
+def test_ctrl_c_saves_and_says_how_to_go_on(stage, number, status, root, work, tmp_path):
+    """Ctrl-C, and SIGTERM by which a scheduler ends a job, lose nothing: the step in hand is finished and saved, though no
+    checkpoint was due for an hour. The exit status says which signal it was."""
     folder = tmp_path / "run"
     command = [*arguments(stage, work), "--out", folder]
     process = clone.start(root, stage, *command, "--checkpoint-every", "3600", cwd=tmp_path)
     wait_for(lambda: last_step(folder) >= 3, process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == status
     said = messages(errors)
     assert len(said) == 1 and "--resume" in said[0], errors
     done = load_checkpoint(folder / "checkpoint.pt")["step"]
@@ -145,8 +145,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(stage, root, work, tmp_pat
     assert same_weights(folder, work / "runs/reviews" / stage) and log(folder) == log(work / "runs/reviews" / stage)
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, (130, -signal.SIGINT)), (signal.SIGTERM, (130, -signal.SIGINT))])
-def test_a_run_that_is_stopped_while_it_is_evaluated_goes_on_there(number, status, root, work, tmp_path):
+def test_a_run_that_is_stopped_while_it_is_evaluated_goes_on_there(root, work, tmp_path):
     """After the last step there is a checkpoint: what is left is the evaluation, and no step is trained again. No traceback
     and one line, where no Run is there to catch the signal."""
     shutil.copytree(work / "runs/reviews/sft", tmp_path / "runs/sft")
@@ -154,9 +153,9 @@ def test_a_run_that_is_stopped_while_it_is_evaluated_goes_on_there(number, statu
     process = clone.start(root, "dpo", *command, cwd=tmp_path)
     folder = tmp_path / "runs/dpo"
     wait_for(lambda: (folder / "checkpoint.pt").exists() and last_row(folder).get("held_out_loss"), process)  # sampling begins
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode in status and messages(errors) == ["stopped"], errors
+    assert process.returncode in (130, -signal.SIGINT) and messages(errors) == ["stopped"], errors
     assert not (folder / "model.pt").exists()
     trained = log(folder)
     assert run(root, tmp_path, "dpo", *command) == "error: runs/dpo holds an unfinished run: go on with --resume, or delete the folder"
@@ -170,63 +169,50 @@ def last_row(folder: Path) -> dict:
     return json.loads(lines[-1]) if lines else {}
 
 
-def test_sigterm_saves_as_ctrl_c_does(root, work, tmp_path):
-    """By which a scheduler ends a job: the step in hand is finished and saved, and the status says which signal it was."""
-    process = clone.start(root, "sft", *clone.TINY, "--steps", "2000", "--out", "run", "--checkpoint-every", "3600", cwd=tmp_path)
-    wait_for(lambda: last_step(tmp_path / "run") >= 3, process)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    done = load_checkpoint(tmp_path / "run/checkpoint.pt")["step"]
-    assert process.returncode == 143 and messages(errors) == [f"stopped after step {done}; go on with --resume"]
-
-
-@pytest.mark.parametrize("script, argv", [("dpo", ["--help"]), ("bt", ["--help"]), ("experiments/frontier", ["--help"]),
-                                          ("evaluate", ["--help"])])
-def test_ctrl_c_while_importing_prints_no_traceback(script, argv, root, tmp_path):
+@pytest.mark.parametrize("script", ["dpo", "bt", "experiments/frontier", "evaluate"])
+def test_ctrl_c_while_importing_prints_no_traceback(script, root, tmp_path):
     """Nearly all of a script's first second is the import of torch. Python itself, before our first line, is not ours."""
-    program = (f"import sys, os, signal, runpy\nsys.argv = [{str(root / script)!r} + '.py', *{argv!r}]\n"
+    program = (f"import sys, os, signal, runpy\nsys.argv = [{str(root / script)!r} + '.py', '--help']\n"
                f"sys.modules['__main__'].__file__ = sys.argv[0]\nsys.path.insert(0, {str(root)!r})\n"
                "import common\nos.kill(os.getpid(), signal.SIGINT)\nimport torch\n")
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, env=clone.environment())
     assert done.returncode in (130, -signal.SIGINT) and done.stderr == "\nstopped\n", done.stderr
 
 
-def test_the_second_of_two_processes_in_a_folder_stops(root, work, tmp_path):
+def test_the_second_of_two_processes_in_a_folder_stops(root, work, tmp_path, monkeypatch):
     """The first has the folder until it ends; one that was killed has nothing."""
     command = [*clone.TINY, "--steps", "3000", "--out", "run", *EVERY_STEP]
-    first = clone.start(root, "sft", *command, cwd=tmp_path)
-    wait_for(lambda: last_step(tmp_path / "run") >= 0, first)
-    for more in ([], ["--resume"]):
-        second = clone.start(root, "sft", *command, *more, cwd=tmp_path)
-        _, errors = second.communicate(timeout=60)
-        assert second.returncode == 1 and len(messages(errors)) == 1
-        assert "another process is writing there" in errors or "holds an unfinished run" in errors
-    second = clone.start(root, "sft", *command, "--resume", cwd=tmp_path)
-    assert "another process is writing there" in second.communicate(timeout=60)[1]
-    first.kill()
-    first.communicate()
-    again = clone.start(root, "sft", *command, "--resume", cwd=tmp_path)
-    wait_for(lambda: last_step(tmp_path / "run") >= 30, again)
-    again.kill()
-    again.communicate()
+    with clone.start(root, "sft", *command, cwd=tmp_path) as first:
+        wait_for(lambda: last_step(tmp_path / "run") >= 0, first)
+        said = [run(root, tmp_path, "sft", *command, *more) for more in ([], ["--resume"])]
+        first.kill()
+    assert all(line.startswith("error: ") and "\n" not in line for line in said)
+    assert "another process is writing there" in said[0] or "holds an unfinished run" in said[0]
+    assert "another process is writing there" in said[1]
+    before = load_checkpoint(tmp_path / "run/checkpoint.pt")["step"]
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "save_checkpoint", stop)
+        with pytest.raises(Stopped, match=str(before + 1)):
+            run(root, tmp_path, "sft", *command, "--resume")
 
 
-def test_one_seed_one_result(root, work, tmp_path):
-    """Two runs of a seed are identical, another seed is not; and saving at every step instead of never changes nothing."""
-    for stage in STAGES:
-        for name, extra in (("saving", EVERY_STEP), ("other", ("--seed", "1"))):
-            assert run(root, tmp_path, stage, *arguments(stage, work), "--out", f"{stage}-{name}", *extra) == 0
-        left_alone = work / "runs/reviews" / stage  # over in a second, and the first checkpoint is due after a minute
-        assert same_weights(tmp_path / f"{stage}-saving", left_alone)
-        assert log(tmp_path / f"{stage}-saving") == log(left_alone)
-        assert not same_weights(tmp_path / f"{stage}-other", left_alone)
+class Stopped(Exception):
+    """A run that a test breaks off."""
+
+
+def stop(_: Path, state: dict) -> None:
+    """In place of save_checkpoint."""
+    raise Stopped(state["step"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_another_seed_is_another_result(stage, root, work, tmp_path):
+    """That one seed is one result is part of the tests that stop a run and go on."""
+    assert run(root, tmp_path, stage, *arguments(stage, work), "--out", "other", "--seed", "1") == 0
+    assert not same_weights(tmp_path / "other", work / "runs/reviews" / stage)
 
 
 # ---- checkpoint files ------------------------------------------------------------------------------------------------
-
-class Stopped(Exception):
-    pass
-
 
 def interrupted_sft(root: Path, work: Path, tmp_path: Path, monkeypatch, steps: int = 9) -> tuple[Path, list]:
     """An SFT run that stopped after `steps` steps, with a checkpoint of each; and the command that goes on with it."""
@@ -275,19 +261,28 @@ def other_state(_: bytes) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 2], lambda b: b"", lambda b: b[:200] + bytes(300) + b[500:],
-                                    lambda b: b"not a checkpoint", lambda b: flipped(b), lambda b: other_state(b)],
-                         ids=["half", "empty", "zeroed", "text", "one byte", "other keys"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(damage, root, work, tmp_path, monkeypatch, capsys):
-    """It costs one step, not the run: the resumed run still ends bit by bit where it would have."""
+DAMAGES = {"half": lambda b: b[:len(b) // 2], "empty": lambda b: b"", "zeroed": lambda b: b[:200] + bytes(300) + b[500:],
+           "text": lambda b: b"not a checkpoint", "one bit": flipped, "other keys": other_state}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(damage, tmp_path, capsys):
+    path = tmp_path / "checkpoint.pt"
+    for step in range(2):
+        save_checkpoint(path, {"step": step, "weights": torch.randn(1000)})
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    assert load_checkpoint(path, "step", "weights")["step"] == 0
+    said = capsys.readouterr().err
+    assert f"damaged checkpoint: {path} (" in said and f"using {path.with_suffix('.prev.pt')}" in said and said.count("\n") == 1
+
+
+def test_a_damaged_checkpoint_costs_one_step_not_the_run(root, work, tmp_path, monkeypatch, capsys):
+    """The resumed run still ends bit by bit where it would have."""
     folder, resume = interrupted_sft(root, work, tmp_path, monkeypatch)
     newest = folder / "checkpoint.pt"
-    newest.write_bytes(damage(newest.read_bytes()))
-    capsys.readouterr()
+    newest.write_bytes(flipped(newest.read_bytes()))
     assert clone.run_here(root, tmp_path, "sft", *resume) == 0
-    output = capsys.readouterr()
-    assert f"damaged checkpoint: {newest} (" in output.err and f"using {folder / 'checkpoint.prev.pt'}" in output.err
-    assert "at step 8" in output.out
+    assert "at step 8" in capsys.readouterr().out
     assert same_weights(folder, work / "runs/reviews/sft") and log(folder) == log(work / "runs/reviews/sft")
 
 
@@ -558,7 +553,7 @@ def test_no_file_we_load_runs_code(packed, root, work, tmp_path, monkeypatch, ca
 
 LOSSES = {"sft": (sft, "response_logprobs", "loss = nan"), "reward_model": (reward_model, "reward_loss", "loss = nan"),
           "dpo": (dpo, "dpo_loss", "chosen_reward = nan"), "ppo": (ppo, "compute_rewards", "value_loss = nan"),
-          "reinforce": (reinforce, "leave_one_out", "loss = nan")}
+          "reinforce": (reinforce, "leave_one_out", "loss = nan"), "classifier": (classifier, "prefix_loss", "loss = nan")}
 
 
 @pytest.mark.parametrize("stage", LOSSES)
@@ -585,6 +580,7 @@ def test_a_nan_stops_the_run_and_spares_the_checkpoint(stage, root, work, tmp_pa
     assert "\n" not in said
     assert set(saved) == {"checkpoint.pt", "checkpoint.prev.pt"}
     assert {path.name: path.read_bytes() for path in folder.glob("*.pt")} == saved
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "Ctrl-C is no longer the run's"
     assert run(root, tmp_path, stage, *command, "--resume") == 0
     assert same_weights(folder, work / "runs/reviews" / stage) and log(folder) == log(work / "runs/reviews" / stage)
 
@@ -605,11 +601,11 @@ def test_one_nan_in_the_weights_stops_the_run(root, work, tmp_path):
 
 def test_an_infinity_counts_as_well():
     """inf - inf is the NaN of the next step."""
-    class Folder:
-        folder = "runs/x"
-    Run.check_finite(Folder, 3, torch.tensor([5, 6]), loss=1.0)
+    run = object.__new__(Run)
+    run.folder, run._handlers = Path("runs/x"), {}
+    run.check_finite(3, torch.tensor([5, 6]), loss=1.0)
     with pytest.raises(SystemExit, match=r"step 3: loss = 1.0, grad_norm = inf; rows \[5, 6\]"):
-        Run.check_finite(Folder, 3, torch.tensor([5, 6]), loss=1.0, grad_norm=float("inf"))
+        run.check_finite(3, torch.tensor([5, 6]), loss=1.0, grad_norm=float("inf"))
 
 
 # ---- what the stages build for one another ---------------------------------------------------------------------------
@@ -749,7 +745,7 @@ def test_nothing_that_is_reused_is_stale(root, tmp_path, monkeypatch):
     assert "runs/reviews/sft was made with other settings: it does not say which documents" in clone.run_here(root, tmp_path, "dpo")
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_model_pt_is_written_last(stage, root, work, tmp_path, monkeypatch):
     """model.pt says that a run is finished, so all that a finished run needs is there before it: kill it in between."""
     def killed(*_):

@@ -360,11 +360,8 @@ def test_as_many_runs_at_a_time_as_there_are_workers(stubs, tmp_path, capsys):
     """Two of five at a time, with one thread each; every command is printed, and what a run prints is in a file. They can hear
     Ctrl-C even where a shell script has started the sweep in the background, with Ctrl-C ignored."""
     runs = stubs(2, 3, 4, 5, 6)
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        assert sweep.run_all(runs, tmp_path, 2) == (runs, False)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert sweep.run_all(runs, tmp_path, 2) == (runs, False)
     change = {"began": 1, "ended": -1}
     times = sorted((file.stat().st_mtime_ns, change[name]) for name in change for file in tmp_path.glob(f"runs/*/{name}"))
     running = [sum(change for _, change in times[:i + 1]) for i in range(len(times))]
@@ -403,16 +400,12 @@ def test_what_is_finished_comes_back_when_the_sweep_is_stopped(number, stubs, tm
         finally:
             thread.join()
 
-    before = signal.getsignal(signal.SIGTERM)
     stop_like_ctrl_c()
-    try:
-        assert stopped(stubs(0)) == ([], True)
-        assert sorted(os.listdir(tmp_path / "runs/0")) == ["began", "stopped"]
-        shutil.rmtree(tmp_path / "runs/0")
-        runs = stubs(2, 0)
-        assert stopped(runs) == (runs[:1], True)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    assert stopped(stubs(0)) == ([], True)
+    assert sorted(os.listdir(tmp_path / "runs/0")) == ["began", "stopped"]
+    shutil.rmtree(tmp_path / "runs/0")
+    runs = stubs(2, 0)
+    assert stopped(runs) == (runs[:1], True)
     assert sorted(os.listdir(tmp_path / "runs/0")) == ["began", "stopped"]
     assert "\nstopped: 1 of 2 runs are finished; the same command goes on with the others\n" in capsys.readouterr().out
 
@@ -460,7 +453,6 @@ def run_sweep(root: Path, cwd: Path, popen=Here, small=SMALL) -> int | str | Non
         patch.setattr(sweep, "ROOT", root)
         patch.setattr(subprocess, "Popen", popen)
         patch.setattr(time, "sleep", lambda _: None)
-        patch.setattr(evaluate, "draw_run", lambda *_: None)  # a second of matplotlib each
         patch.setitem(frontier.GRIDS, "paper", {name: Method(getattr(frontier, script), [own], [own])
                                                 for name, (script, own) in small.items()})
         return clone.run_here(root, cwd, "experiments/frontier", *ARGUMENTS)
