@@ -150,3 +150,9 @@ def skip_without_loopback() -> None:
 
 def log_of(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+# ---- fixtures that are defined beside what they need ------------------------------------------------------------------
+
+from clone import root  # noqa: E402, F401
+from toy import tables, toy  # noqa: E402, F401

@@ -30,7 +30,6 @@ import ppo
 import reinforce
 import reward_model
 import sft
-from clone import root  # noqa: F401  (a fixture)
 from common import files, pipeline, rewards, run as run_module, tasks
 from common.run import Run, load_checkpoint, save_checkpoint, save_tensors
 from common.tokenizer import Tokenizer
@@ -110,13 +109,11 @@ def messages(errors: str) -> list[str]:
 
 # ---- kills and Ctrl-C ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("stage", ["sft", "ppo"])
-def test_killed_and_resumed_ends_where_an_undisturbed_run_ends(stage, root, work, tmp_path):
-    """kill -9 at a random step, then --resume: weights, optimizer, step and order of the rows all return; with PPO also the
-    value network, beta where it adapts, and what scores are counted from. Every other script goes on after a NaN, below."""
-    folder, when = tmp_path / "run", random.Random(SEED)
+def test_killed_and_resumed_ends_where_an_undisturbed_run_ends(root, work, tmp_path):
+    """kill -9 at a random step, then --resume: weights, optimizer, step and order of the rows all return, and PPO's value
+    network, beta that adapts, and what scores are counted from. The other scripts go on after a NaN, below."""
+    folder, at, stage = tmp_path / "run", random.Random(SEED).randint(3, 12), "ppo"
     command = [*arguments(stage, work), "--out", folder]
-    at = when.randint(3, 12)
     process = clone.start(root, stage, *command, *EVERY_STEP, cwd=tmp_path)
     assert stop_at(signal.SIGKILL, process, folder, at)[0] == -signal.SIGKILL, f"seed {SEED}"
     assert not (folder / "model.pt").exists()

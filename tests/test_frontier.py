@@ -19,7 +19,6 @@ import torch
 import clone
 import dpo
 import evaluate
-from clone import root  # noqa: F401  (a fixture)
 from common import pipeline
 from common.files import read_jsonl
 from common.settings import parse, stop_like_ctrl_c
@@ -419,16 +418,6 @@ PPO = dict(target_kl=1, steps=6, batch_size=16, warmup=2, checkpoint_every=0.0, 
 SMALL = {"Preferred-FT": ("sft", SFT), "DPO": ("dpo", dict(**DPO, lr_factor=4.0)),
          "PPO-GT": ("ppo", dict(**PPO, reward="gold")), "Unlikelihood": ("dpo", dict(**DPO, loss="unlikelihood")),
          "PPO": ("ppo", PPO)}
-SWEEP = """
-import json, sys
-import common
-from common.settings import parse
-from experiments import frontier
-small = json.loads(sys.argv.pop(1))
-frontier.GRIDS["paper"] = {name: frontier.Method(getattr(frontier, script), [own], [own])
-                           for name, (script, own) in small.items()}
-frontier.main(parse(frontier.Config, ""))
-"""
 ARGUMENTS = "--sft runs/reviews/sft --seeds 1 --workers 1".split()
 SWEPT = Path("runs/reviews/frontier")
 
@@ -567,41 +556,37 @@ def processes_of(root: Path) -> list[bytes]:
     return [line for line in found if str(root).encode() in line]
 
 
+KILLED = """
+import sys
+from pathlib import Path
+import dpo
+from common.settings import stop_like_ctrl_c
+from experiments import sweep
+stop_like_ctrl_c()
+sweep.ROOT = folder = Path(sys.argv[1])
+runs = [sweep.PlannedRun("DPO", "x", seed, dpo.Config(out=str(folder / f"runs/{seed}"), seed=seed)) for seed in (2, 0)]
+sys.exit(sweep.STOPPED if sweep.run_all(runs, folder, 1)[1] else 0)
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc, and only Linux ends a child with its parent")
-def test_a_sweep_that_is_killed_and_interrupted_ends_where_one_that_was_left_alone_ends(root, alone, fresh, capsys):
-    """As real processes: kill -9 in the middle of a run and then Ctrl-C in the middle of another leave no run behind. The third
-    start finishes, with the rows of the undisturbed sweep, digit by digit."""
-    folder, small = fresh / SWEPT, {method: SMALL[method] for method in ("Preferred-FT", "PPO-GT")}
-    (root / "small_sweep.py").write_text(SWEEP)
-
-    def start() -> subprocess.Popen:
-        command = [sys.executable, root / "small_sweep.py", json.dumps(small), *ARGUMENTS]
-        return subprocess.Popen(command, cwd=fresh, env=clone.environment(), text=True, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE)
-
-    def done() -> int:
-        return len(list(folder.glob("*/model.pt")))
-
-    def underway() -> list[Path]:
-        return [path for path in folder.glob("*/checkpoint.pt") if not path.with_name("model.pt").exists()]
-
-    for stop, moment, runs in ((signal.SIGKILL, underway, 0), (signal.SIGINT, lambda: done() and underway(), 1)):
-        process = start()
-        wait_for(moment, process)
-        assert len(processes_of(root)) >= 2
-        process.send_signal(stop)
-        output, errors = process.communicate(timeout=60)
-        end = time.monotonic() + 5  # the kernel takes a moment
-        while (left := processes_of(root)) and time.monotonic() < end:
-            time.sleep(0.01)
-        assert not left and done() == runs == len(list(folder.glob("results.jsonl")))  # and none has run on to its end
-    assert process.returncode == 130 and not errors, errors  # what is finished has its table
-    assert "\nstopped: 1 of 2 runs are finished; the same command goes on with the others\n" in output
-    assert results(fresh) == [row for row in results(alone) if row["method"] == "Preferred-FT"]
-
-    assert run_sweep(root, fresh, small=small) == 0
-    assert "2 runs, 1 of them finished; 1 at a time\n" in capsys.readouterr().out
-    assert results(fresh) == [row for row in results(alone) if row["method"] in small]
+@pytest.mark.parametrize("number, status, left", [(signal.SIGKILL, -signal.SIGKILL, ["began"]),
+                                                  (signal.SIGINT, sweep.STOPPED, ["began", "stopped"])])
+def test_a_sweep_that_is_killed_or_interrupted_leaves_no_run_behind(number, status, left, stubs, tmp_path):
+    """As a real process: kill -9, or Ctrl-C, in the middle of its second run. That a run goes on where it was stopped, and a
+    sweep with what is finished, is tested above and in test_faults.py."""
+    stubs()
+    process = subprocess.Popen([sys.executable, "-c", KILLED, tmp_path], cwd=clone.ROOT, env=clone.environment(), text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for((tmp_path / "runs/0/began").exists, process)
+    assert len(processes_of(tmp_path)) == 2
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    end = time.monotonic() + 5  # the kernel takes a moment
+    while processes_of(tmp_path) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not processes_of(tmp_path) and process.returncode == status and not errors
+    assert sorted(os.listdir(tmp_path / "runs/0")) == left and (tmp_path / "runs/2/ended").exists()
 
 
 # ---- bench.py --------------------------------------------------------------------------------------------------------

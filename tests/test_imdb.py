@@ -351,7 +351,7 @@ def test_prepare_downloads_beside_the_output(tmp_path, monkeypatch):
 # ---- the whole pipeline ----------------------------------------------------------------------------------------------
 
 def test_the_whole_imdb_pipeline(tmp_path):
-    """prepare.py --archive, then dpo.py --dataset imdb, as processes, on an archive of 400 small reviews: SFT, the gold
+    """prepare.py --archive, then dpo.py --dataset imdb, as a process, on an archive of 400 small reviews: SFT, the gold
     classifier, pairs, DPO and the evaluation all find what the stage before them left."""
     root = clone.make(tmp_path / "clone")
     rng = random.Random(0)
@@ -370,7 +370,7 @@ def test_the_whole_imdb_pipeline(tmp_path):
         return out
 
     run("data/imdb/prepare", "--archive", archive, "--vocab-size", 400)
-    run("sft", *sft)
+    assert clone.run_here(root, tmp_path, "sft", *sft) == 0
     task = root / "data/imdb/__init__.py"
     task.write_text(task.read_text().replace("pair_prompts=4000", "pair_prompts=20").replace(
         "bank_prompts=256, bank_samples=64", "bank_prompts=8, bank_samples=8"))

@@ -298,7 +298,7 @@ def test_cached_ragged_sampling_is_slow_sampling(temperature, chunk):
 def test_long_prompts_are_sampled_as_slowly_and_cost_little_padding(monkeypatch):
     """Prompts of 1 to 60 tokens: the tokens are the slow loop's, and of the positions computed at most a quarter is waste."""
     model, draw, computed = tiny_gpt(block_size=70), generator(1), []
-    prompts = [torch.randint(3, 11, (n,), generator=draw).tolist() for n in range(60, 0, -1) for _ in range(5)]
+    prompts = [torch.randint(3, 11, (n,), generator=draw).tolist() for n in range(60, 0, -1) for _ in range(2)]
     hidden = model.hidden
     monkeypatch.setattr(model, "hidden", lambda tokens, *rest: computed.append(tokens.numel()) or hidden(tokens, *rest))
     samples = generate(model, prompts, 70, EOS, PAD, generator(5))

@@ -7,7 +7,6 @@ import torch
 
 import clone
 import data.reviews
-from clone import root  # noqa: F401  (a fixture)
 from common import tasks
 from common.files import sha256, write_jsonl
 from common.pairs import Pair, encode_pairs, label_pairs, read_pairs, sampled_responses, split

@@ -26,7 +26,7 @@ from common.training import pad, warn_of_collapse
 from conftest import log_of, naive_logprobs, smaller, tiny_gpt
 from model import GPTConfig, ScalarModel
 from ppo import adapted, compute_gae, compute_rewards, policy_loss, response_values, value_loss, whiten
-from toy import STATE, THERE, TOKEN, exact_kl, gradient, logprobs_of, rows_of, share_of_what_can_be_gained, tables, toy, worlds  # noqa: F401
+from toy import STATE, THERE, TOKEN, exact_kl, gradient, logprobs_of, rows_of, share_of_what_can_be_gained, worlds
 
 
 @pytest.fixture(autouse=True)

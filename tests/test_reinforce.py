@@ -16,7 +16,7 @@ from common.tokenizer import Tokenizer
 from conftest import log_of, naive_logprobs, smaller
 from model import ScalarModel
 from reinforce import leave_one_out
-from toy import exact_kl, gradient, logprobs_of, rows_of, share_of_what_can_be_gained, tables, toy  # noqa: F401
+from toy import exact_kl, gradient, logprobs_of, rows_of, share_of_what_can_be_gained
 
 
 @pytest.fixture(autouse=True)

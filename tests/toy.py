@@ -67,7 +67,7 @@ def words(count: int, seed: int) -> list[str]:
     return ["".join(rng.choices("abcd", (4, 3, 2, 1), k=rng.randint(2, 8))) for _ in range(count)]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def toy(tmp_path_factory):
     """A copy of the repository whose documents are words, and a folder of runs: a policy of at most 8 tokens, prompt and all,
     one of at most 4, and a reward model."""
