@@ -13,6 +13,7 @@ import socket
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # everything here is tiny; see pytest.ini
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # expectations are computed on the CPU, so the code under test is run there, too
 
 import pytest  # noqa: E402
