@@ -273,13 +273,14 @@ def minimise(objective: Objective, x: np.ndarray, K: int,
     """The minimum x, its value, and the inverse Hessian there, for x[:K] less its mean."""
     try:
         with np.errstate(all="ignore"):
-            x = newton(objective, x, tolerance)  # until the gradient is small ...
+            # until the gradient is small ...
+            x, loss, slope, curvature = newton(objective, x, tolerance)
             for _ in range(30):  # ... and the steps are, too: counts may be of very different sizes
-                loss, slope, curvature = objective(x)
                 step = np.linalg.solve(curvature, slope)
                 if np.abs(step).max() < 1e-8:
                     break
                 x = x - step
+                loss, slope, curvature = objective(x)
             C = np.linalg.inv(curvature)
     except (np.linalg.LinAlgError, ArithmeticError):
         step = np.full_like(x, np.inf)

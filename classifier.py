@@ -160,11 +160,11 @@ def train(config: Config) -> Path:
 
     # ---- 4) accuracy, also on texts cut to the lengths that a policy writes ----------------------
     model.eval()
+    held_out = documents[train_count:]
     result = {
-        "step":
-        steps, "seconds":
-        run.seconds(), "held_out_accuracy":
-        truncated_accuracy(model, tokenizer, documents[train_count:], None, config.dtype)
+        "step": steps,
+        "seconds": run.seconds(),
+        "held_out_accuracy": truncated_accuracy(model, tokenizer, held_out, None, config.dtype)
     }
     test = read_jsonl(folder / "test.jsonl", {"text": str, "label": int})
     for words in (50, 100, 200, None):

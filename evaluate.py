@@ -241,11 +241,8 @@ def summary(bank: Bank,
     curve = optimal_curve(bank.rewards)
     ref_reward = bank.rewards.mean().item()
     M, N = bank.rewards.shape
-    rows = {
-        "SFT":
-        table_row("reference", bank.rewards.mean(1), torch.zeros(M),
-                  bank.lengths.float().mean(1))
-    }
+    lengths = bank.lengths.float().mean(1)
+    rows = {"SFT": table_row("reference", bank.rewards.mean(1), torch.zeros(M), lengths)}
     for name, policy in policies.items():
         rows[name] = table_row("policy", policy.rewards.mean(1), policy.kl.mean(1),
                                policy.lengths.float().mean(1))
@@ -318,9 +315,8 @@ class Report:
         for i in range(min(count, len(self.bank.prompts))):
             print(f"\nprompt      {self.bank.prompts[i]!r}")
             print(f"  before {self.bank.rewards[i, 0]:.2f}  {self.bank.responses[i][0].strip()}")
-            print(
-                f"  after  {self.sampled.rewards[i, 0]:.2f}  {self.sampled.responses[i][0].strip()}"
-            )
+            print(f"  after  {self.sampled.rewards[i, 0]:.2f}  "
+                  f"{self.sampled.responses[i][0].strip()}")
 
 
 def report(run: Run, name: str, policy: GPT, start: pipeline.Start, end_beta: float | None,
@@ -332,13 +328,15 @@ def report(run: Run, name: str, policy: GPT, start: pipeline.Start, end_beta: fl
     write_json(run.folder / "evaluation.json",
                {**result, "name": name, "gold": start.bank.gold, "table": rows})
     samples = []
+    real = tasks.load(start.dataset).real
     for i, prompt in enumerate(start.bank.prompts):
-        named = {"id": tasks.prompt_id(prompt)} if tasks.load(
-            start.dataset).real else {"prompt": prompt}
         samples.append({
-            "task": start.dataset, **named, "before": start.bank.responses[i][0], "before_reward":
-            start.bank.rewards[i, 0].item(), "after": sampled.responses[i][0], "after_reward":
-            sampled.rewards[i, 0].item()
+            "task": start.dataset,
+            **({"id": tasks.prompt_id(prompt)} if real else {"prompt": prompt}),
+            "before": start.bank.responses[i][0],
+            "before_reward": start.bank.rewards[i, 0].item(),
+            "after": sampled.responses[i][0],
+            "after_reward": sampled.rewards[i, 0].item()
         })
     write_jsonl(run.folder / "samples.jsonl", samples)
     return Report(name, start.bank, rows, sampled)
@@ -414,10 +412,8 @@ def main(runs: list[str]) -> None:
     configs = [read_json_object(Path(run) / "config.json", "dataset", "preset") for run in runs]
     references = {reference_of(run, config).resolve() for run, config in zip(runs, configs)}
     if len(references) > 1:
-        fail(
-            f"these runs have different references ({', '.join(map(str, sorted(references)))}): "
-            "evaluate them apart"
-        )
+        fail(f"these runs have different references ({', '.join(map(str, sorted(references)))}): "
+             "evaluate them apart")
     start = pipeline.load(references.pop(), configs[0]["dataset"], configs[0]["preset"])
 
     names = [Path(run).name for run in runs]
@@ -441,10 +437,8 @@ def main(runs: list[str]) -> None:
     print_table(rows, start.bank.gold)
     for i, a in enumerate(names):
         for b in names[i + 1:]:
-            print(
-                f"{a} wins over {b}: {win_rate(sampled[a].rewards, sampled[b].rewards):.1%} of "
-                "comparisons"
-            )
+            print(f"{a} wins over {b}: {win_rate(sampled[a].rewards, sampled[b].rewards):.1%} of "
+                  "comparisons")
 
 
 def reference_of(run: str, config: dict) -> Path:

@@ -173,8 +173,8 @@ def pair_accuracy(chosen: torch.Tensor, rejected: torch.Tensor) -> dict[str, flo
     right = half_ties(chosen, rejected)
     confidence = torch.sigmoid((chosen - rejected).abs())
     result = {
-        "held_out_accuracy": right.mean().item(), "held_out_loss":
-        reward_loss(chosen, rejected).mean().item()
+        "held_out_accuracy": right.mean().item(),
+        "held_out_loss": reward_loss(chosen, rejected).mean().item()
     }
     for low, high in ((0.5, 0.667), (0.667, 0.833), (0.833, 1.01)):
         inside = (confidence >= low) & (confidence < high)

@@ -134,10 +134,8 @@ def read_documents(path: Path, tokenizer: Tokenizer,
                for ids in tokenizer.encode_batch([row.get("prompt", "") for row in rows])]
     for row, prompt in zip(rows, prompts):
         if len(prompt) >= block_size:
-            fail(
-                f"{path}, line {row['line']}: no room for the text: prompt {len(prompt)} tokens, "
-                f"block size {block_size}"
-            )
+            fail(f"{path}, line {row['line']}: no room for the text: prompt {len(prompt)} tokens, "
+                 f"block size {block_size}")
     texts = encode_documents([row["text"] for row in rows], tokenizer, block_size)
     documents = [(prompt + text[1:])[:block_size] for prompt, text in zip(prompts, texts)]
     return documents, [len(prompt) for prompt in prompts]
@@ -295,10 +293,7 @@ def train(config: Config) -> Path:
             optimizer.zero_grad(set_to_none=True)
 
         if step % 10 == 0:
-            row = {
-                "step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens":
-                tokens_of_batch
-            }
+            row = dict(step=step, loss=loss, grad_norm=grad_norm, lr=lr, tokens=tokens_of_batch)
             if step and step % 500 == 0:
                 row |= held_out_loss(model, held, tokenizer, config.dtype)
             run.log(**row)
@@ -311,10 +306,9 @@ def train(config: Config) -> Path:
         evaluate.log_evaluation(run, config.steps, model, start)
     run.log(step=config.steps, seconds=run.seconds(), **result)
     run.finish(model, tokenizer)
-    print(
-        f"held-out loss: {result['nats_per_token']:.3f} nats per token, "
-        f"{result['nats_per_document']:.1f} nats per "
-        f"document, {result['bits_per_byte']:.3f} bits per byte  ->  {run.folder}")
+    print(f"held-out loss: {result['nats_per_token']:.3f} nats per token, "
+          f"{result['nats_per_document']:.1f} nats per document, {result['bits_per_byte']:.3f} "
+          f"bits per byte  ->  {run.folder}")
     return run.folder
 
 
@@ -322,10 +316,8 @@ def preferred_ft_start(config: Config, init: str) -> pipeline.Start:
     """The policy that Preferred-FT starts from, with the gold reward that labels its pairs and
     measures what it becomes."""
     if not (Path(init) / "model.pt").exists():
-        fail(
-            f"--init {init}: --on chosen needs the run folder of an SFT policy, or --pairs without "
-            "--evaluate-every"
-        )
+        fail(f"--init {init}: --on chosen needs the run folder of an SFT policy, or --pairs "
+             "without --evaluate-every")
     start = pipeline.load(Path(init), config.dataset, config.preset, config.dtype)
     start.gold = pipeline.gold_reward(start)
     if config.evaluate_every:

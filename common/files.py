@@ -111,10 +111,8 @@ def check_writable(folder: str | Path) -> None:
             return
     # a name that is too long, or has a NUL or a lone surrogate in it
     except (OSError, ValueError) as error:
-        fail(
-            f"{str(folder)[:80]!r}: no name for a folder "
-            f"({short(getattr(error, 'strerror', None) or error)})"
-        )
+        fail(f"{str(folder)[:80]!r}: no name for a folder "
+             f"({short(getattr(error, 'strerror', None) or error)})")
     fail(f"{folder}: cannot be written ({reason})")
 
 
@@ -234,10 +232,8 @@ def lock(folder: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
-        fail(
-            f"{folder}: another process is writing there; wait for it, or give another folder with "
-            "--out"
-        )
+        fail(f"{folder}: another process is writing there; wait for it, or give another folder "
+             "with --out")
     _locked[folder] = descriptor
 
 

@@ -24,13 +24,13 @@ def from_pretrained(name: str) -> GPT:
     from safetensors.torch import load_file
     folder = pretrained_folder(name)
     if not (folder / "config.json").exists() or not (folder / "model.safetensors").exists():
-        fail(
-            f"{folder}: expected the files config.json and model.safetensors of a GPT-2 checkpoint")
+        fail(f"{folder}: expected the files config.json and model.safetensors of a GPT-2 "
+             "checkpoint")
     config = read_json(folder / "config.json")
-    if config.get("model_type") != "gpt2" or config.get("activation_function",
-                                                        "gelu_new") != "gelu_new":
-        fail(f"{folder}/config.json: model_type is {config.get('model_type')!r} with activation "
-             f"{config.get('activation_function')!r}, expected 'gpt2' with 'gelu_new'")
+    kind, activation = config.get("model_type"), config.get("activation_function", "gelu_new")
+    if (kind, activation) != ("gpt2", "gelu_new"):
+        fail(f"{folder}/config.json: model_type is {kind!r} with activation {activation!r}, "
+             "expected 'gpt2' with 'gelu_new'")
     model = GPT(
         GPTConfig(config["vocab_size"], config["n_positions"], config["n_layer"], config["n_head"],
                   config["n_embd"]))

@@ -51,8 +51,7 @@ def encode_pairs(rows: list[dict], tokenizer: Tokenizer, block_size: int,
     """Ids of the pairs. Prompt and response are encoded separately and joined.
 
     Identical pairs are dropped and counted: their loss is ln 2 with gradient zero, but Adam divides
-        rounding noise by
-    rounding noise and would still move the weights.
+    rounding noise by rounding noise and would still move the weights.
 
     Raises SystemExit with file and line if prompt and response do not fit into block_size: cutting
     a response would change what was preferred.
@@ -77,10 +76,8 @@ def encode_pairs(rows: list[dict], tokenizer: Tokenizer, block_size: int,
                 length = len(encoded[name][i])
                 ids = (encoded[name][i] + [tokenizer.eos])[:room]
             if length > room:
-                fail(
-                    f"{where}: {name!r} does not fit: prompt {len(prompt)} and response {length} "
-                    "tokens, "
-                    f"block size {block_size}")
+                fail(f"{where}: {name!r} does not fit: prompt {len(prompt)} and response {length} "
+                     f"tokens, block size {block_size}")
             responses.append(ids)
         if row["chosen"] == row["rejected"]:
             identical += 1
@@ -100,15 +97,11 @@ def sampled_ids(ids: object, text: str, tokenizer: Tokenizer, where: str) -> lis
         fail(f"{where}: expected a list of ids below {tokenizer.vocab_size}")
     special = {tokenizer.pad, tokenizer.bos, tokenizer.eos}
     if special & set(ids[:-1]) or (special - {tokenizer.eos}) & set(ids[-1:]):
-        fail(
-            f"{where}: has a pad, <bos> or <eos> in it; an <eos> may stand at the end and nowhere "
-            "else"
-        )
+        fail(f"{where}: has a pad, <bos> or <eos> in it; an <eos> may stand at the end and "
+             "nowhere else")
     if tokenizer.decode(ids) != text:
-        fail(
-            f"{where} does not decode to the text beside it (another tokenizer, or an edited "
-            "text): leave the field out"
-        )
+        fail(f"{where} does not decode to the text beside it (another tokenizer, or an edited "
+             "text): leave the field out")
     return ids
 
 

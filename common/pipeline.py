@@ -222,8 +222,12 @@ def sampled_pairs(start: Start, labels: str, prompts: int = 0) -> Path:
     folder = start.folder / (f"pairs-{labels}-{prompts}" if prompts else f"pairs-{labels}")
     path = folder / "pairs.jsonl"
     made_of = {
-        "dataset": start.dataset, "labels": labels, "prompts": count, "samples":
-        preset.pair_samples, "scale": task.label_scale, "seed": PAIRS_SEED
+        "dataset": start.dataset,
+        "labels": labels,
+        "prompts": count,
+        "samples": preset.pair_samples,
+        "scale": task.label_scale,
+        "seed": PAIRS_SEED
     }
     built_from = {"policy": start.policy_id, "gold": start.gold.id,
                   "prompts": tasks.data_id(tasks.prepared(start.dataset), "prompts_train.jsonl")}
@@ -249,10 +253,8 @@ def sampled_pairs(start: Start, labels: str, prompts: int = 0) -> Path:
             "labels_agree_with_gold": round(agree, 4)
         })
     write_jsonl(path, rows)
-    print(
-        f"{len(rows)} pairs ({left_out} left out: identical or empty), labels agree with the gold "
-        "order "
-        f"{agree:.1%}  ->  {path}")
+    print(f"{len(rows)} pairs ({left_out} left out: identical or empty), labels agree with the "
+          f"gold order {agree:.1%}  ->  {path}")
     return path
 
 
@@ -330,10 +332,8 @@ def read_bank(path: Path, N: int, gold: str) -> Any:
         if any(not isinstance(x, (int, float)) or not math.isfinite(x) for x in numbers):
             fail(f"{path}, line {row['line']}: a reward or length is no finite number: {advice}")
         if not len(row["rewards"]) == len(row["lengths"]) == len(row["responses"]) == N:
-            fail(
-                f"{path}, line {row['line']}: expected {N} responses with their rewards and "
-                f"lengths: {advice}"
-            )
+            fail(f"{path}, line {row['line']}: expected {N} responses with their rewards and "
+                 f"lengths: {advice}")
     return evaluate.Bank([row["prompt"] for row in rows],
                          torch.tensor([row["rewards"] for row in rows]),
                          torch.tensor([row["lengths"] for row in rows]),
@@ -344,9 +344,7 @@ def is_made(folder: Path, path: Path, made_of: dict, built_from: dict) -> bool:
     """Whether a file that was sampled is there; one of other settings, or made from something else,
     stops by name."""
     if path.exists() and not (folder / "config.json").exists():
-        fail(
-            f"{path}: without a config.json beside it; what it was made from is not known: delete "
-            f"{folder}"
-        )
+        fail(f"{path}: without a config.json beside it; what it was made from is not known: "
+             f"delete {folder}")
     compare_settings(folder, made_of, built_from, f"delete {folder} to make it again")
     return path.exists()

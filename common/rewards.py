@@ -117,10 +117,8 @@ def learned_reward(folder: str | Path, task: dict, block_size: int, dtype: str =
     model, meta = load_run(folder, ScalarModel)
     check_same_task(folder, meta, task)
     if model.config.block_size < block_size:
-        fail(
-            f"--reward {folder}: its block size is {model.config.block_size}, that of the policy "
-            f"{block_size}"
-        )
+        fail(f"--reward {folder}: its block size is {model.config.block_size}, that of the policy "
+             f"{block_size}")
     tokenizer = Tokenizer.load(Path(folder) / "tokenizer.tiktoken")
 
     def score(prompts: list[str],
@@ -141,10 +139,8 @@ def pair_scores(model: ScalarModel, tokenizer: Tokenizer, prompts: list[str],
     rows = [[tokenizer.bos] + prompt + response + [tokenizer.eos] for prompt, response in encoded]
     tokens, lengths = pad(rows, tokenizer.pad)
     if int(lengths.max()) > model.config.block_size:
-        fail(
-            f"a prompt and response have {int(lengths.max())} tokens, the block size of the reward "
-            "model is "
-            f"{model.config.block_size}")
+        fail(f"a prompt and response have {int(lengths.max())} tokens, the block size of the "
+             f"reward model is {model.config.block_size}")
     return all_scores(model, tokens, lengths)
 
 
@@ -232,10 +228,8 @@ def user_function(name: str, flag: str) -> Callable[..., torch.Tensor]:
             fail(f"{flag} {name}: returned {many} numbers for {count} responses ({place})")
         for i, value in enumerate(values):
             if not is_finite_number(value):
-                fail(
-                    f"{flag} {name}: returned {short(repr(value), 40)} for response {i} "
-                    f"({texts[-1][i][:40]!r}), expected a "
-                    f"finite number ({place})")
+                fail(f"{flag} {name}: returned {short(repr(value), 40)} for response {i} "
+                     f"({texts[-1][i][:40]!r}), expected a finite number ({place})")
         return torch.tensor([float(value) for value in values])
 
     return checked

@@ -117,11 +117,14 @@ def load_checkpoint(path: Path, *needed: str) -> dict | None:
 
 def describe_machine() -> dict[str, Any]:
     """What a result depends on besides its settings."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available(
-    ) else platform.processor() or platform.machine()
+    name = platform.processor() or platform.machine()
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
     return {
-        "torch": torch.__version__, "device": name, "threads": torch.get_num_threads(), "python":
-        sys.version.split()[0]
+        "torch": torch.__version__,
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "python": sys.version.split()[0]
     }
 
 
@@ -139,8 +142,8 @@ class Run:
             weights.
 
     A folder whose config.json differs stops with the names of the settings that differ, and so does
-    an unfinished run
-    that was not asked to resume: nothing is overwritten that somebody may still want.
+    an unfinished run that was not asked to resume: nothing is overwritten that somebody may still
+    want.
     """
 
     def __init__(self,
@@ -184,14 +187,11 @@ class Run:
         if saved is None:
             return
         if not (self.folder / "config.json").exists():
-            fail(
-                f"{self.folder}: a checkpoint without config.json; with which settings it was made "
-                "is not known"
-            )
+            fail(f"{self.folder}: a checkpoint without config.json; with which settings it was "
+                 "made is not known")
         if not 0 < saved["step"] <= self.steps:
-            fail(
-                f"{self.checkpoint_path}: is of step {saved['step']}, and this run has {self.steps}"
-            )
+            fail(f"{self.checkpoint_path}: is of step {saved['step']}, and this run has "
+                 f"{self.steps}")
         try:
             self.model.load_state_dict(saved["model"])
             for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
@@ -204,10 +204,8 @@ class Run:
         # what came later will be logged again
         self.rows = read_log(self.folder / "log.jsonl", before=self.step)
         if len(self.rows) != saved["rows"]:
-            fail(
-                f"{self.folder / 'log.jsonl'}: has {len(self.rows)} of the {saved['rows']} rows "
-                f"before step {self.step}"
-            )
+            fail(f"{self.folder / 'log.jsonl'}: has {len(self.rows)} of the {saved['rows']} rows "
+                 f"before step {self.step}")
         print(f"resuming {self.folder} at step {self.step}")
 
     def _catch_signals(self) -> None:
@@ -239,10 +237,8 @@ class Run:
         if not all(math.isfinite(value) for value in values.values()):
             self._release_signals()  # this run can no longer answer them
             named = ", ".join(f"{name} = {value}" for name, value in values.items())
-            fail(
-                f"step {step}: {named}; rows {rows.tolist()}. The last good checkpoint, if any, is "
-                f"in {self.folder}"
-            )
+            fail(f"step {step}: {named}; rows {rows.tolist()}. The last good checkpoint, if any, "
+                 f"is in {self.folder}")
 
     def checkpoint(self, step: int) -> None:
         """After `step` steps are done: save if it is time to or if it was the last, and stop here
@@ -252,9 +248,12 @@ class Run:
             os.fsync(self._log.fileno())
             save_checkpoint(
                 self.checkpoint_path, {
-                    "model": self.model.state_dict(), "optimizers":
-                    [o.state_dict() for o in self.optimizers], "state": self.state, "step": step,
-                    "seconds": self.seconds(), "rows": len(self.rows)
+                    "model": self.model.state_dict(),
+                    "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                    "state": self.state,
+                    "step": step,
+                    "seconds": self.seconds(),
+                    "rows": len(self.rows)
                 })
             self._saved = time.time()
         if self._stop:
@@ -290,9 +289,11 @@ class Run:
         weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
         save_tensors(
             self.folder / "model.pt", {
-                "model": weights, "kind": type(model).__name__, "architecture": dataclasses.asdict(
-                    model.config), "dataset": self.config.dataset, "tokenizer":
-                tokenizer.fingerprint
+                "model": weights,
+                "kind": type(model).__name__,
+                "architecture": dataclasses.asdict(model.config),
+                "dataset": self.config.dataset,
+                "tokenizer": tokenizer.fingerprint
             })
         for left in (self.checkpoint_path, self.checkpoint_path.with_suffix(".prev.pt"),
                      *self.folder.glob(".*.tmp")):

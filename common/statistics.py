@@ -23,16 +23,18 @@ def mean_se(values: Sequence | np.ndarray, axis: int = -1) -> tuple:
     return (float(mean), float(error)) if x.ndim == 1 else (mean, error)
 
 
-def newton(objective: Objective, x: np.ndarray, tolerance: float, steps: int = 200) -> np.ndarray:
+def newton(objective: Objective, x: np.ndarray, tolerance: float,
+           steps: int = 200) -> tuple[np.ndarray, float, np.ndarray, np.ndarray]:
     """The minimum of a strictly convex function, by Newton's method with step halving.
 
+    Returns its place, and value, gradient and Hessian there.
     Raises ArithmeticError if |gradient| is not below `tolerance` after so many steps: there may be
     no minimum.
     """
     value, gradient, hessian = objective(x)
     for _ in range(steps):
         if np.abs(gradient).max() <= tolerance:
-            return x
+            return x, value, gradient, hessian
         step = np.linalg.solve(hessian, gradient)
         size = 1.0  # halved until the value falls; near the minimum its last digits cannot tell
         new = objective(x - step)

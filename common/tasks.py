@@ -72,10 +72,8 @@ def load(dataset: str) -> Task:
     folder = ROOT / "data" / dataset
     if not (folder / "prepare.py").exists():
         known = sorted(path.parent.name for path in (ROOT / "data").glob("*/prepare.py"))
-        fail(
-            f"--dataset {dataset}: there is no data/{dataset}/prepare.py (known: "
-            f"{', '.join(known)})"
-        )
+        fail(f"--dataset {dataset}: there is no data/{dataset}/prepare.py (known: "
+             f"{', '.join(known)})")
     task = getattr(importlib.import_module(f"data.{dataset}"), "TASK", None)
     if not isinstance(task, Task):
         fail(f"data/{dataset}/__init__.py: no TASK there; see common/tasks.py")
@@ -144,10 +142,8 @@ def check_prepared(folder: Path) -> dict | None:
         if not (folder / name).exists():
             fail(f"{folder / name} is missing: delete {folder} and prepare it again")
         if sha256(folder / name) != digest:
-            fail(
-                f"{folder / name} differs from its checksum in meta.json: delete {folder} and "
-                "prepare it again"
-            )
+            fail(f"{folder / name} differs from its checksum in meta.json: delete {folder} and "
+                 "prepare it again")
     return meta
 
 

@@ -90,10 +90,8 @@ class Tokenizer:
         except FileNotFoundError:
             fail(f"{path}: no such tokenizer file")
         except (ValueError, AssertionError):
-            fail(
-                f"{path}: not a tokenizer file (expected lines of 'base64-token rank', then pad, "
-                "bos and eos)"
-            )
+            fail(f"{path}: not a tokenizer file (expected lines of 'base64-token rank', then pad, "
+                 "bos and eos)")
 
     @classmethod
     def gpt2(cls, folder: str | Path | None = None) -> "Tokenizer":
@@ -104,10 +102,9 @@ class Tokenizer:
             try:
                 return cls(tiktoken.get_encoding("gpt2")._mergeable_ranks, (50256, 50256, 50256))
             except Exception as error:  # requests' exceptions, which tiktoken imports lazily
-                fail(
-                    f"GPT-2's vocabulary could not be fetched ({type(error).__name__}); offline, "
-                    "put the checkpoint's "
-                    f"vocab.json into its folder and give that folder: --init FOLDER")
+                fail(f"GPT-2's vocabulary could not be fetched ({type(error).__name__}); offline, "
+                     "put the checkpoint's vocab.json into its folder and give that folder: "
+                     "--init FOLDER")
         # GPT-2 files write bytes as printable characters: those that print stand for themselves,
         # the rest follow 255
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]

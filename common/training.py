@@ -9,10 +9,9 @@ import sys
 from typing import Any, Iterator, Literal
 
 # glibc hands the memory of every large tensor back to the system when it is freed, and the next
-# tensor is paged in
+# tensor is paged in again, 4 kB at a time. Keeping it makes a training step on a CPU faster
+# (results/bench has both figures).
 try:
-    # again 4 kB at a time; keeping it makes a training step on a CPU faster (results/bench has both
-    # figures)
     _libc = ctypes.CDLL("libc.so.6")
     _libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
     _libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
@@ -59,9 +58,8 @@ def generator(seed: int, *stream: int | str) -> torch.Generator:
     disturbs another.
 
     Streams are named by words, generator(seed, "split"). The numbers that some scripts use name
-    those that were there
-    before: with other names they would draw other samples, and the committed results could not be
-        made again.
+    those that were there before: with other names they would draw other samples, and the committed
+    results could not be made again.
     """
     mixed = hashlib.sha256(repr((seed, *stream)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(mixed[:7], "big"))
@@ -79,11 +77,9 @@ def batches(lengths: torch.Tensor,
     of them left out.
 
     Rows of similar length go together (sorted inside a pool of `pool` batches, then the batches are
-    shuffled), because
-    padding is work thrown away: a third of it on `reviews`. Each epoch's order depends on (seed,
-        epoch) alone, so a run
-    that resumes at step k sees what it would have seen. The rows that do not fill a last batch wait
-    for another epoch.
+    shuffled), because padding is work thrown away: a third of it on `reviews`. Each epoch's order
+    depends on (seed, epoch) alone, so a run that resumes at step k sees what it would have seen.
+    The rows that do not fill a last batch wait for another epoch.
     """
     n = len(lengths)
     if n == 0:
@@ -144,11 +140,9 @@ def set_lr(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
 def check_steps(steps: int, warmup: int) -> None:
     """Say so where training will be over before the learning rate has reached its peak."""
     if steps < warmup:
-        print(
-            f"warning: {steps} steps are fewer than the warm-up of {warmup}: hardly anything will "
-            "be learned; "
-            "more data, a larger --epochs, or a smaller --batch-size or --warmup",
-            file=sys.stderr)
+        print(f"warning: {steps} steps are fewer than the warm-up of {warmup}: hardly anything "
+              "will be learned; more data, a larger --epochs, a smaller --batch-size or --warmup",
+              file=sys.stderr)
 
 
 def adamw(model: torch.nn.Module, lr: float, weight_decay: float,
@@ -209,10 +203,8 @@ def warn_of_collapse(run: Any, step: int, responses: list[str]) -> None:
     if last["eos_rate"] == 0 and first["eos_rate"] > 0.5:
         found["endless"] = "the policy has collapsed: no response ends"
     if kl < -3 * error and kl < -1e-3:
-        found["kl"] = (
-            f"the KL is negative, {kl:.3g} +- {error:.2g} over {len(recent)} updates: the "
-            "responses do not come "
-            "from the distribution that is scored")
+        found["kl"] = (f"the KL is negative, {kl:.3g} +- {error:.2g} over {len(recent)} updates: "
+                       "the responses do not come from the distribution that is scored")
     for name, message in found.items():
         if not any(row.get("warning") == name for row in run.rows):
             run.log(step=step, warning=name, message=message)

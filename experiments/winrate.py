@@ -216,7 +216,7 @@ def length_controlled(win: torch.Tensor, log_ratio: torch.Tensor) -> torch.Tenso
         hessian[K, :K] = hessian[:K, K] = (variance * x).sum(1)
         return value, gradient, hessian
 
-    parameters = newton(neg_log_likelihood, np.zeros(K + 1), tolerance=1e-8)
+    parameters, *_ = newton(neg_log_likelihood, np.zeros(K + 1), tolerance=1e-8)
     return torch.sigmoid(torch.from_numpy(parameters[:K]))
 
 
