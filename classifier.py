@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from common import fail, pipeline, tasks
 from common.files import read_jsonl
+from common.processes import add_gradients, mine
 from common.rewards import classifier_logits
 from common.run import Run, check_folder
 from common.settings import parse, require, require_numbers, runs_folder, runs_of, settings
@@ -133,19 +134,19 @@ def train(config: Config) -> Path:
         # of this step alone, so that a resumed run draws the same windows
         draw = generator(config.seed, 7, step)
         metrics = Mean()
-        for rows in batch.split(config.micro_batch_size or len(batch)):
-            tokens, lengths = pad(
-                windows([ids[i] for i in rows.tolist()], block_size, tokenizer.bos, draw),
-                tokenizer.pad)
-            lengths, targets = lengths.to(device()), labels[rows].to(device())
+        drawn = windows([ids[i] for i in batch.tolist()], block_size, tokenizer.bos, draw)
+        for part in mine(torch.arange(len(batch))).split(config.micro_batch_size or len(batch)):
+            tokens, lengths = pad([drawn[i] for i in part.tolist()], tokenizer.pad)
+            lengths, targets = lengths.to(device()), labels[batch[part]].to(device())
             with autocast(config.dtype):
                 logits = forward(tokens.to(device()))  # (b, T), after every token
             losses = prefix_loss(logits, targets, lengths)
             # divided by the whole batch, so that micro-batches add up to the gradient of its mean
             (losses.sum() / len(batch)).backward()
-            last = logits[torch.arange(len(rows), device=device()), lengths - 1]
+            last = logits[torch.arange(len(part), device=device()), lengths - 1]
             metrics.add(loss=losses, accuracy=((last > 0) == (targets > 0.5)).float())
 
+        add_gradients(model)  # of several processes, each with its share of the rows
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
         values = metrics.values()
         # before the optimizer sees a NaN

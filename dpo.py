@@ -42,6 +42,7 @@ from tqdm import tqdm
 import evaluate
 from common import pipeline, tasks
 from common.pairs import pair_tensors, split
+from common.processes import add_gradients, mine
 from common.run import Run
 from common.settings import parse, require, require_numbers, run_folder, settings
 from common.training import (Dtype, Mean, adamw, autocast, batches, check_steps, device, half_ties,
@@ -197,7 +198,7 @@ def train(config: Config) -> Path:
 
         batch = train_rows[next(batch_iterator)]  # (B,) numbers of pairs
         metrics = Mean()
-        for rows in batch.split(config.micro_batch_size or len(batch)):
+        for rows in mine(batch).split(config.micro_batch_size or len(batch)):
             chosen_logprobs, rejected_logprobs = logprobs_of(rows)
             losses, chosen_rewards, rejected_rewards = losses_of(
                 config, chosen_logprobs, rejected_logprobs, *ref_logprobs[:, rows])
@@ -208,6 +209,7 @@ def train(config: Config) -> Path:
                         margin=chosen_rewards - rejected_rewards,
                         chosen_logprobs=chosen_logprobs, rejected_logprobs=rejected_logprobs)
 
+        add_gradients(policy)  # of several processes, each with its share of the rows
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
         values = metrics.values()
         run.check_finite(step, batch, **values, grad_norm=grad_norm)  # stop before a NaN spreads

@@ -24,7 +24,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import fail
-from common.training import autocast, device
+from common.processes import RANK, WORLD, share
+from common.training import autocast, device, similar_lengths
 
 
 # ---- the network ---------------------------------------------------------------------------------
@@ -243,13 +244,14 @@ def summed_logprobs(model: GPT,
                     batch_size: int = 256) -> torch.Tensor:
     """log pi(response | prompt) of many rows, (N,) fp32 on the CPU, without gradient; similar
     lengths run together."""
-    total = torch.empty(len(tokens))
-    for rows in lengths.argsort(stable=True).split(batch_size):
+    total = torch.zeros(len(tokens))
+    for rows in similar_lengths(torch.arange(len(tokens))[RANK::WORLD], lengths, batch_size):
         with autocast(dtype):
             logprobs = response_logprobs(model, tokens[rows].to(device()),
                                          prompt_lengths[rows].to(device()),
                                          lengths[rows].to(device()))
         total[rows] = logprobs.sum(1).cpu()
+    share(total)
     return total
 
 
@@ -307,14 +309,18 @@ def generate(model: GPT,
     for i, prompt in enumerate(prompts):
         tokens[i, :len(prompt)] = torch.as_tensor(prompt)
 
-    lengths = torch.empty(B, dtype=torch.long)
+    written = torch.zeros_like(tokens)
+    lengths = torch.zeros(B, dtype=torch.long)
     logprobs = torch.zeros(B, max_length)
     for rows in chunks_of_similar_length(prompt_lengths, chunk):
-        tokens[rows], lengths[rows], logprobs[rows] = decode(model, tokens[rows],
-                                                             prompt_lengths[rows], uniform[rows],
-                                                             eos, pad, temperature, return_logprobs)
+        rows = rows[RANK::WORLD]  # of several processes each samples its share ...
+        if len(rows):
+            written[rows], lengths[rows], logprobs[rows] = decode(
+                model, tokens[rows], prompt_lengths[rows], uniform[rows], eos, pad, temperature,
+                return_logprobs)
+    share(written, lengths, logprobs)  # ... and gets those of the others
 
-    tokens = tokens[:, :int(lengths.max())]
+    tokens = written[:, :int(lengths.max())]
     if not return_logprobs:
         return Samples(tokens, prompt_lengths, lengths, None)
     mask = response_mask(prompt_lengths, lengths)  # (B, R)

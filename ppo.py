@@ -51,6 +51,7 @@ from tqdm import tqdm
 
 import evaluate
 from common import fail, pipeline, tasks
+from common.processes import add_gradients, mine, share
 from common.rewards import Reward
 from common.run import Run
 from common.settings import parse, require, require_numbers, run_folder, settings
@@ -299,13 +300,14 @@ def train(config: Config) -> Path:
         ref_logprobs = torch.zeros(mask.shape, device=device())
         old_values = torch.zeros(mask.shape, device=device())
         with torch.no_grad(), autocast(config.dtype):
-            for part in similar_lengths(torch.arange(B, device=device()), lengths,
+            for part in similar_lengths(mine(torch.arange(B, device=device())), lengths,
                                         config.micro_batch_size):
                 inputs = tokens[part], prompt_lengths[part], lengths[part]
                 R = int((lengths[part] - prompt_lengths[part]).max())  # the longest of this part
                 old_logprobs[part, :R] = logprobs_of(policy, *inputs)
                 ref_logprobs[part, :R] = logprobs_of(ref, *inputs)
                 old_values[part, :R] = values_of(value, *inputs)
+        share(old_logprobs, ref_logprobs, old_values)  # of several processes: all rows for everyone
 
         # 3c) rewards and advantages
         beta = state["beta"]
@@ -324,7 +326,7 @@ def train(config: Config) -> Path:
             minibatch = minibatch.sort().values.to(device())
             response_tokens = int(mask[minibatch].sum())
             losses = Mean()
-            for part in similar_lengths(minibatch, lengths, config.micro_batch_size):
+            for part in similar_lengths(mine(minibatch), lengths, config.micro_batch_size):
                 inputs = tokens[part], prompt_lengths[part], lengths[part]
                 R = int((lengths[part] - prompt_lengths[part]).max())
                 seen = mask[part, :R]
@@ -349,6 +351,7 @@ def train(config: Config) -> Path:
                             loss=policy_losses[seen],
                             value_loss=value_losses[seen])
 
+            add_gradients(policy, value)
             clip_grad_norm = torch.nn.utils.clip_grad_norm_
             grad_norm = clip_grad_norm(policy.parameters(), config.max_grad_norm).item()
             value_grad_norm = clip_grad_norm(value.parameters(), config.max_grad_norm).item()

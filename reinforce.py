@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 import evaluate
 from common import pipeline, tasks
+from common.processes import add_gradients, mine, share
 from common.rewards import Reward
 from common.run import Run
 from common.settings import parse, require, require_numbers, run_folder, settings
@@ -174,7 +175,7 @@ def train(config: Config) -> Path:
         lengths = samples.lengths.to(device())
         mask = response_mask(prompt_lengths, lengths)  # (B, R)
         B = len(rows)
-        everything = torch.arange(B, device=device())
+        of_mine = mine(torch.arange(B, device=device()))  # all rows, if there is one process
         # in standard deviations of the reference's scores: beta means the same for every reward
         scores = ((raw_scores.to(device()) - state["score_mean"]) / state["score_std"]).float()
 
@@ -182,9 +183,10 @@ def train(config: Config) -> Path:
         # under the reference
         ref_logprobs = torch.zeros(B, device=device())  # log pi_ref(y|x)
         with torch.no_grad(), autocast(config.dtype):
-            for part in similar_lengths(everything, lengths, config.micro_batch_size):
+            for part in similar_lengths(of_mine, lengths, config.micro_batch_size):
                 inputs = tokens[part], prompt_lengths[part], lengths[part]
                 ref_logprobs[part] = logprobs_of(ref, *inputs).sum(1)
+        share(ref_logprobs)
         kl = samples.logprobs.to(device()).sum(1) - ref_logprobs  # (B,) log pi as it was sampled
         returns = scores - config.beta * kl
         advantages = returns
@@ -194,7 +196,7 @@ def train(config: Config) -> Path:
         # 3c) one step along  E[ advantage grad log pi(y|x) ]
         response_tokens = int(mask.sum())
         metrics = Mean()
-        for part in similar_lengths(everything, lengths, config.micro_batch_size):
+        for part in similar_lengths(of_mine, lengths, config.micro_batch_size):
             with autocast(config.dtype):
                 inputs = tokens[part], prompt_lengths[part], lengths[part]
                 logprobs = logprobs_of(policy, *inputs).sum(1)  # (b,) log pi(y|x)
@@ -203,6 +205,7 @@ def train(config: Config) -> Path:
             (losses.sum() / response_tokens).backward()
             metrics.add(loss=losses)
 
+        add_gradients(policy)  # of several processes, each with its share of the rows
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
         values = metrics.values()
         run.check_finite(step, rows, **values, grad_norm=grad_norm, score=scores.mean().item())

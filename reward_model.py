@@ -33,6 +33,7 @@ from tqdm import tqdm
 from common import pipeline
 from common.files import sha256
 from common.pairs import pair_tensors, split
+from common.processes import add_gradients, mine
 from common.rewards import all_scores
 from common.run import Run
 from common.settings import parse, require, require_numbers, run_folder, settings
@@ -128,13 +129,14 @@ def train(config: Config) -> Path:
 
         batch = train_rows[next(batch_iterator)]  # (B,) numbers of pairs
         metrics = Mean()
-        for rows in batch.split(config.micro_batch_size or len(batch)):
+        for rows in mine(batch).split(config.micro_batch_size or len(batch)):
             chosen_scores, rejected_scores = scores_of(rows)
             losses = reward_loss(chosen_scores, rejected_scores)
             # divided by the whole batch, so that micro-batches add up to the gradient of its mean
             (losses.sum() / len(batch)).backward()
             metrics.add(loss=losses, accuracy=half_ties(chosen_scores, rejected_scores))
 
+        add_gradients(model)  # of several processes, each with its share of the rows
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
         values = metrics.values()
         run.check_finite(step, batch, **values, grad_norm=grad_norm)  # stop before a NaN spreads

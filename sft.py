@@ -36,6 +36,7 @@ from common import fail, pipeline, tasks
 from common.files import read_jsonl, sha256
 from common.gpt2 import GPT2_NAMES, from_pretrained, pretrained_folder
 from common.pairs import encode_pairs, read_pairs
+from common.processes import add_gradients, mine, share
 from common.run import Run, check_folder, check_same_task, load_run
 from common.settings import parse, require, require_numbers, run_folder, settings
 from common.tokenizer import Tokenizer
@@ -275,17 +276,20 @@ def train(config: Config) -> Path:
 
         batch = next(batch_iterator)  # (B,) numbers of documents
         tokens_of_batch = int((rows.lengths[batch] - rows.prompt_lengths[batch]).sum())
-        loss = 0.0
-        for part in batch.split(config.micro_batch_size or len(batch)):
+        loss = torch.zeros(1, dtype=torch.float64)
+        for part in mine(batch).split(config.micro_batch_size or len(batch)):
             with autocast(config.dtype):
                 logprobs = forward(model, rows.tokens[part].to(device()),
                                    rows.prompt_lengths[part].to(device()),
                                    rows.lengths[part].to(device()))  # (b, T)
             # divided by the whole batch's tokens: micro-batches add up to the mean over these
-            share = -logprobs.sum() / tokens_of_batch
-            share.backward()
-            loss += share.item()
+            part_of_loss = -logprobs.sum() / tokens_of_batch
+            part_of_loss.backward()
+            loss += part_of_loss.item()
 
+        add_gradients(model)  # of several processes, each with its share of the rows
+        share(loss)
+        loss = loss.item()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
         run.check_finite(step, batch, loss=loss, grad_norm=grad_norm)  # stop before a NaN spreads
         for optimizer in optimizers:

@@ -14,6 +14,7 @@ except ImportError:  # Windows
     fcntl = None
 
 from common import fail, short
+from common.processes import RANK, one_writes
 
 Fields = dict[str, type | tuple[type, ...]]
 
@@ -34,7 +35,13 @@ def atomic_write(path: str | Path,
     Raises:
         SystemExit with the path and the reason: a full disk, no permission.
     """
-    path = Path(path)
+    with one_writes() as writer:
+        if writer:
+            _atomic_write(Path(path), content, keep)
+
+
+def _atomic_write(path: Path, content: bytes | Callable[[BinaryIO], None],
+                  keep: Path | None) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,6 +64,14 @@ def atomic_write(path: str | Path,
             temporary.unlink(missing_ok=True)
         except OSError:
             pass  # a read-only disk, a file for a folder: the reason is on its way already
+
+
+def delete(paths: Iterable[Path]) -> None:
+    """Remove files that may be there."""
+    with one_writes() as writer:
+        if writer:
+            for path in paths:
+                path.unlink(missing_ok=True)
 
 
 def clear_temporary(path: Path) -> None:
@@ -225,7 +240,7 @@ def lock(folder: Path) -> None:
     was killed holds none.
     """
     folder = folder.resolve()
-    if fcntl is None or folder in _locked:
+    if fcntl is None or RANK > 0 or folder in _locked:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -29,9 +29,10 @@ import torch
 
 from common import fail, short, tasks
 from common.files import read_json_object, read_jsonl, sha256
+from common.processes import RANK, WORLD, share
 from common.run import check_same_task, load_run
 from common.tokenizer import Tokenizer
-from common.training import autocast, device, fingerprint, pad
+from common.training import autocast, device, fingerprint, pad, similar_lengths
 from model import Samples, ScalarModel
 
 
@@ -155,12 +156,13 @@ def all_scores(model: ScalarModel,
                                     dim=0,
                                     return_inverse=True)
     tokens, lengths = different[:, :-1], different[:, -1]
-    scores = torch.empty(len(tokens))
-    for rows in lengths.argsort(stable=True).split(256):
+    scores = torch.zeros(len(tokens))
+    for rows in similar_lengths(torch.arange(len(tokens))[RANK::WORLD], lengths, 256):
         longest = int(lengths[rows].max())
         with autocast(dtype):
             scores[rows] = model.score(tokens[rows, :longest].to(device()),
                                        lengths[rows].to(device())).cpu()
+    share(scores)
     return scores[where]
 
 
@@ -210,6 +212,14 @@ def user_function(name: str, flag: str) -> Callable[..., torch.Tensor]:
         fail(f"{flag} {name}: {path} has no function {attribute!r}")
 
     def checked(*texts: list[str]) -> torch.Tensor:
+        if RANK == 0:
+            numbers = called(*texts)
+        else:
+            numbers = torch.zeros(len(texts[-1]))
+        share(numbers)  # the first process asks for all: what is asked may be slow, or draw lots
+        return numbers
+
+    def called(*texts: list[str]) -> torch.Tensor:
         count = len(texts[-1])
         try:
             returned = function(*(list(column) for column in texts))

@@ -28,7 +28,9 @@ import torch
 import torch.nn as nn
 
 from common import fail, settings, short
-from common.files import atomic_write, check_writable, lock, read_json_object, unlock, write_json
+from common.files import (atomic_write, check_writable, delete, lock, read_json_object, unlock,
+                          write_json)
+from common.processes import RANK, agree
 from common.training import device
 from model import GPT, GPTConfig
 
@@ -157,7 +159,7 @@ class Run:
         self.folder, self.state = Path(config.out), state or {}
         self.checkpoint_path = self.folder / "checkpoint.pt"
         self.step, self.rows, self.started = 0, [], time.time()
-        self._stop: int | None = None  # the signal that asked us to stop
+        self._stop = 0  # the signal that asked us to stop
         self._handlers: dict[int, Any] = {}  # of the signals, before this run took them
         check_folder(config, built_from)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -165,14 +167,15 @@ class Run:
         if config.resume:
             self._restore()
         if self.step == 0:  # a run that begins anew is unfinished until it has ended
-            for name in ("model.pt", "evaluation.json"):
-                (self.folder / name).unlink(missing_ok=True)
+            delete(self.folder / name for name in ("model.pt", "evaluation.json"))
         write_json(self.folder / "config.json",
                    {"script": str(settings.script_of(type(config))), **dataclasses.asdict(config),
                     "built_from": built_from, "machine": describe_machine()})
         atomic_write(self.folder / "log.jsonl",
                      "".join(json.dumps(row) + "\n" for row in self.rows).encode())
-        self._log = open(self.folder / "log.jsonl", "ab", buffering=0)
+        # of several processes only the first writes
+        log = self.folder / "log.jsonl" if RANK == 0 else os.devnull
+        self._log = open(log, "ab", buffering=0)
         self._saved = time.time()
         if self.step < steps:
             self._catch_signals()
@@ -244,8 +247,11 @@ class Run:
         """After `step` steps are done: save if it is time to or if it was the last, and stop here
         if asked to."""
         last = step == self.steps
-        if self._stop or last or time.time() - self._saved >= self.config.checkpoint_every:
-            os.fsync(self._log.fileno())
+        due = time.time() - self._saved >= self.config.checkpoint_every
+        self._stop, due = agree(self._stop), agree(due)
+        if self._stop or last or due:
+            if RANK == 0:
+                os.fsync(self._log.fileno())
             save_checkpoint(
                 self.checkpoint_path, {
                     "model": self.model.state_dict(),
@@ -295,9 +301,8 @@ class Run:
                 "dataset": self.config.dataset,
                 "tokenizer": tokenizer.fingerprint
             })
-        for left in (self.checkpoint_path, self.checkpoint_path.with_suffix(".prev.pt"),
-                     *self.folder.glob(".*.tmp")):
-            left.unlink(missing_ok=True)
+        delete([self.checkpoint_path, self.checkpoint_path.with_suffix(".prev.pt"),
+                *self.folder.glob(".*.tmp")])
         unlock(self.folder)
 
 

@@ -28,7 +28,7 @@ import typing
 from pathlib import Path
 from typing import Any, NoReturn
 
-from common import ROOT, fail, tasks
+from common import ROOT, fail, processes, tasks
 
 # these change nothing in a result but its rounding: they name no folder, and a run may go on with
 # others
@@ -195,6 +195,7 @@ def parse(cls: type, description: str, argv: list[str] | None = None) -> Any:
     if argv is None:
         argv = sys.argv[1:]
         stop_like_ctrl_c()
+        processes.join()
     first = Parser(add_help=False, allow_abbrev=False)
     for name in {"dataset", "preset", "on"} & {field.name for field in dataclasses.fields(cls)}:
         first.add_argument(f"--{name}", default=argparse.SUPPRESS)

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from common import ROOT, fail
 from common.files import is_running, read_json_object, read_jsonl, sha256, write_json
+from common.processes import one_writes
 
 
 # ---- what a task is ------------------------------------------------------------------------------
@@ -154,7 +155,9 @@ def prepared(dataset: str) -> Path:
     folder = ROOT / "data" / dataset / "prepared"
     if not check_prepared(folder):
         print(f"building what is missing: python data/{dataset}/prepare.py")
-        importlib.import_module(f"data.{dataset}.prepare").prepare(out=folder)
+        with one_writes() as writer:
+            if writer:
+                importlib.import_module(f"data.{dataset}.prepare").prepare(out=folder)
     return folder
 
 

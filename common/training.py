@@ -23,6 +23,7 @@ import torch  # noqa: E402  (after mallopt)
 from tqdm import tqdm  # noqa: E402
 
 from common import fail  # noqa: E402
+from common.processes import share  # noqa: E402
 
 
 Dtype = Literal["auto", "float32", "bfloat16"]  # of matrix products; weights are fp32
@@ -102,7 +103,7 @@ def similar_lengths(rows: torch.Tensor, lengths: torch.Tensor,
                     size: int) -> tuple[torch.Tensor, ...]:
     """Rows in parts of at most `size`, those of similar length together, so that little is computed
     on pads."""
-    return rows[lengths[rows].argsort(stable=True)].split(size)
+    return rows[lengths[rows].argsort(stable=True)].split(size) if len(rows) else ()
 
 
 def pad(rows: list[list[int]] | list[torch.Tensor],
@@ -175,7 +176,12 @@ class Mean:
             self.counts[name] = self.counts.get(name, 0) + value.numel()
 
     def values(self) -> dict[str, float]:
-        return {name: (total / self.counts[name]).item() for name, total in self.sums.items()}
+        """The means; of several processes, over the rows of all of them."""
+        names = list(self.sums)
+        sums = torch.stack([torch.as_tensor(self.sums[name]) for name in names])
+        counts = torch.tensor([float(self.counts[name]) for name in names], device=sums.device)
+        share(sums, counts)
+        return dict(zip(names, (sums / counts).tolist()))
 
 
 def half_ties(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
