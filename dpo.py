@@ -44,7 +44,9 @@ from common import pipeline, tasks
 from common.pairs import pair_tensors, split
 from common.processes import add_gradients, mine
 from common.run import Run
-from common.settings import parse, require, require_numbers, run_folder, settings
+from common.settings import (parse, require, require_numbers, require_processes, run_folder,
+                             settings)
+from common.sharding import shard
 from common.training import (Dtype, Mean, adamw, autocast, batches, check_steps, device, half_ties,
                              set_lr, warmup_linear)
 from model import response_logprobs, summed_logprobs
@@ -78,6 +80,7 @@ class Config:
     seed: int = 0  # Seed of the order of the pairs.
     dtype: Dtype = "auto"  # Number format of matrix products; auto = bfloat16 on CUDA.
     compile: bool = False  # Use torch.compile on the model.
+    shard: bool = False  # Share the weights, too, between the processes of torchrun (FSDP2).
 
     # ---- the run
     out: str = ""  # Run folder, if not one named by the settings, beside the SFT policy.
@@ -87,6 +90,7 @@ class Config:
     resume: bool = False  # Go on from the last checkpoint.
 
     def __post_init__(self) -> None:
+        require_processes(self)
         require_numbers(
             self,
             above_0="beta epochs batch_size lr warmup max_grad_norm",
@@ -166,6 +170,8 @@ def train(config: Config) -> Path:
 
     # ---- 2) the policy starts as a copy of the reference -----------------------------------------
     policy = copy.deepcopy(start.ref).train()
+    if config.shard:
+        shard(policy, start.ref)
     optimizer = adamw(policy, config.lr, weight_decay=0.0, betas=(0.9, 0.95))
     steps = max(1, round(config.epochs * len(train_rows) / config.batch_size))
     check_steps(steps, config.warmup)

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from common import fail
 from common.processes import RANK, WORLD, share
+from common.sharding import whole
 from common.training import autocast, device, similar_lengths
 
 
@@ -245,12 +246,12 @@ def summed_logprobs(model: GPT,
     """log pi(response | prompt) of many rows, (N,) fp32 on the CPU, without gradient; similar
     lengths run together."""
     total = torch.zeros(len(tokens))
-    for rows in similar_lengths(torch.arange(len(tokens))[RANK::WORLD], lengths, batch_size):
-        with autocast(dtype):
+    with whole(model), autocast(dtype):
+        for rows in similar_lengths(torch.arange(len(tokens))[RANK::WORLD], lengths, batch_size):
             logprobs = response_logprobs(model, tokens[rows].to(device()),
                                          prompt_lengths[rows].to(device()),
                                          lengths[rows].to(device()))
-        total[rows] = logprobs.sum(1).cpu()
+            total[rows] = logprobs.sum(1).cpu()
     share(total)
     return total
 
@@ -312,12 +313,13 @@ def generate(model: GPT,
     written = torch.zeros_like(tokens)
     lengths = torch.zeros(B, dtype=torch.long)
     logprobs = torch.zeros(B, max_length)
-    for rows in chunks_of_similar_length(prompt_lengths, chunk):
-        rows = rows[RANK::WORLD]  # of several processes each samples its share ...
-        if len(rows):
-            written[rows], lengths[rows], logprobs[rows] = decode(
-                model, tokens[rows], prompt_lengths[rows], uniform[rows], eos, pad, temperature,
-                return_logprobs)
+    with whole(model):
+        for rows in chunks_of_similar_length(prompt_lengths, chunk):
+            rows = rows[RANK::WORLD]  # of several processes each samples its share ...
+            if len(rows):
+                written[rows], lengths[rows], logprobs[rows] = decode(
+                    model, tokens[rows], prompt_lengths[rows], uniform[rows], eos, pad,
+                    temperature, return_logprobs)
     share(written, lengths, logprobs)  # ... and gets those of the others
 
     tokens = written[:, :int(lengths.max())]

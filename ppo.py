@@ -54,7 +54,9 @@ from common import fail, pipeline, tasks
 from common.processes import add_gradients, mine, share
 from common.rewards import Reward
 from common.run import Run
-from common.settings import parse, require, require_numbers, run_folder, settings
+from common.settings import (parse, require, require_numbers, require_processes, run_folder,
+                             settings)
+from common.sharding import shard
 from common.training import (Dtype, Mean, adamw, autocast, batches, check_steps, device, generator,
                              set_lr, similar_lengths, warn_of_collapse)
 from model import GPT, Samples, ScalarModel, generate, response_logprobs, response_mask
@@ -101,6 +103,7 @@ class Config:
     seed: int = 0  # Seed of prompts, responses and minibatches.
     dtype: Dtype = "auto"  # Number format of matrix products; auto = bfloat16 on CUDA.
     compile: bool = False  # Use torch.compile on the networks.
+    shard: bool = False  # Share the weights, too, between the processes of torchrun (FSDP2).
 
     # ---- the run
     out: str = ""  # Run folder, if not one named by the settings, beside the SFT policy.
@@ -110,6 +113,7 @@ class Config:
     resume: bool = False  # Go on from the last checkpoint.
 
     def __post_init__(self) -> None:
+        require_processes(self)
         require_numbers(
             self,
             above_0="beta horizon steps batch_size samples epochs minibatches micro_batch_size "
@@ -246,6 +250,8 @@ def train(config: Config) -> Path:
     policy = copy.deepcopy(ref).requires_grad_(True)
     value = value_network(start, reward, config.seed)
     networks = nn.ModuleDict({"policy": policy, "value": value}).to(device()).train()
+    if config.shard:
+        shard(policy, value, ref)
     policy_optimizer = adamw(policy, config.lr, 0.0, (0.9, 0.95))
     value_optimizer = adamw(value, config.value_lr, 0.0, (0.9, 0.95))
     check_steps(config.steps, config.warmup)

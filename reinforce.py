@@ -49,7 +49,9 @@ from common import pipeline, tasks
 from common.processes import add_gradients, mine, share
 from common.rewards import Reward
 from common.run import Run
-from common.settings import parse, require, require_numbers, run_folder, settings
+from common.settings import (parse, require, require_numbers, require_processes, run_folder,
+                             settings)
+from common.sharding import shard
 from common.training import (Dtype, Mean, adamw, autocast, batches, check_steps, device, generator,
                              set_lr, similar_lengths, warn_of_collapse)
 from model import GPT, Samples, generate, response_logprobs, response_mask
@@ -84,6 +86,7 @@ class Config:
     seed: int = 0  # Seed of prompts and responses.
     dtype: Dtype = "auto"  # Number format of matrix products; auto = bfloat16 on CUDA.
     compile: bool = False  # Use torch.compile on the model.
+    shard: bool = False  # Share the weights, too, between the processes of torchrun (FSDP2).
 
     # ---- the run
     out: str = ""  # Run folder, if not one named by the settings, beside the SFT policy.
@@ -93,6 +96,7 @@ class Config:
     resume: bool = False  # Go on from the last checkpoint.
 
     def __post_init__(self) -> None:
+        require_processes(self)
         require_numbers(
             self,
             above_0="beta steps batch_size samples micro_batch_size lr warmup max_grad_norm",
@@ -141,6 +145,8 @@ def train(config: Config) -> Path:
 
     # ---- 2) the policy starts as a copy of the reference -----------------------------------------
     policy = copy.deepcopy(ref).requires_grad_(True).train()
+    if config.shard:
+        shard(policy, ref)
     optimizer = adamw(policy, config.lr, 0.0, (0.9, 0.95))
     check_steps(config.steps, config.warmup)
     state = {"score_mean": 0.0, "score_std": 1.0}  # of the reference's scores

@@ -36,7 +36,9 @@ from common.pairs import pair_tensors, split
 from common.processes import add_gradients, mine
 from common.rewards import all_scores
 from common.run import Run
-from common.settings import parse, require, require_numbers, run_folder, settings
+from common.settings import (parse, require, require_numbers, require_processes, run_folder,
+                             settings)
+from common.sharding import shard
 from common.training import (Dtype, Mean, adamw, autocast, batches, check_steps, device, half_ties,
                              set_lr, warmup_cosine)
 from model import ScalarModel
@@ -65,6 +67,7 @@ class Config:
     seed: int = 0  # Seed of the initial head and of the order of the pairs.
     dtype: Dtype = "auto"  # Number format of matrix products; auto = bfloat16 on CUDA.
     compile: bool = False  # Use torch.compile on the model.
+    shard: bool = False  # Share the weights, too, between the processes of torchrun (FSDP2).
 
     # ---- the run
     out: str = ""  # Run folder, if not one named by the settings, beside the SFT policy.
@@ -72,6 +75,7 @@ class Config:
     resume: bool = False  # Go on from the last checkpoint.
 
     def __post_init__(self) -> None:
+        require_processes(self)
         require_numbers(
             self,
             above_0="epochs batch_size lr warmup max_grad_norm",
@@ -100,6 +104,8 @@ def train(config: Config) -> Path:
     # ---- 2) the network starts from the policy, with a random head -------------------------------
     block_size = config.block_size or start.ref.config.block_size
     model = ScalarModel.from_policy(start.ref, block_size, config.seed).to(device()).train()
+    if config.shard:
+        shard(model)
     optimizer = adamw(model, config.lr, config.weight_decay, betas=(0.9, 0.95))
     steps = max(1, round(config.epochs * max(1, len(train_rows) // config.batch_size)))
     check_steps(steps, config.warmup)

@@ -38,7 +38,9 @@ from common.gpt2 import GPT2_NAMES, from_pretrained, pretrained_folder
 from common.pairs import encode_pairs, read_pairs
 from common.processes import add_gradients, mine, share
 from common.run import Run, check_folder, check_same_task, load_run
-from common.settings import parse, require, require_numbers, run_folder, settings
+from common.settings import (parse, require, require_numbers, require_processes, run_folder,
+                             settings)
+from common.sharding import shard
 from common.tokenizer import Tokenizer
 from common.training import (Dtype, autocast, batches, check_steps, device, fingerprint, pad,
                              set_lr, warmup_cosine)
@@ -77,6 +79,7 @@ class Config:
     seed: int = 0  # Seed of the initial weights and of the order of the documents.
     dtype: Dtype = "auto"  # Number format of matrix products; auto = bfloat16 on CUDA.
     compile: bool = False  # Use torch.compile on the model.
+    shard: bool = False  # Share the weights, too, between the processes of torchrun (FSDP2).
 
     # ---- the run
     out: str = ""  # Run folder, if not one named by the settings: sft, preferred-ft, pretrained.
@@ -85,6 +88,7 @@ class Config:
     resume: bool = False  # Go on from the last checkpoint.
 
     def __post_init__(self) -> None:
+        require_processes(self)
         require_numbers(self,
                         above_0="n_layer n_head n_embd batch_size steps lr warmup max_grad_norm",
                         from_0="micro_batch_size weight_decay seed evaluate_every checkpoint_every")
@@ -251,6 +255,8 @@ def train(config: Config) -> Path:
 
     model, tokenizer = initial_model(config, init)
     model = model.to(device()).train()
+    if config.shard:
+        shard(model)
     block_size = min(config.block_size, model.config.block_size)
     if config.on == "chosen":
         rows, held = chosen_rows(pairs_file, pair_rows, tokenizer, block_size)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import atexit
 import io
 import os
+import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from common import fail
 RANK = int(os.environ.get("RANK", 0))  # number of this process, as torchrun gives it
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
 _writing = False  # this process is inside of one_writes()
+sharded = False  # --shard: see sharding.py
 
 if WORLD > 1:  # bt.py and dagger.py write files and need no torch
     import torch
@@ -53,22 +55,27 @@ def join() -> None:
 
 class LastWords(io.TextIOBase):
     """stderr of a process that is not the first: nothing but what it dies of. That comes a moment
-    late, because mostly the first one dies of it, too, and then torchrun ends the others at once."""
+    late: mostly the first one dies of it, too, and then torchrun ends the others at once."""
     dying = False
 
     def write(self, text: str) -> int:
         if not self.dying and text.startswith(("error:", "Traceback")):
             self.dying = True
-            time.sleep(2)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which torchrun ends us
+            time.sleep(5)
             text = f"process {RANK}: {text}"
         return sys.__stderr__.write(text) if self.dying else len(text)
 
 
 def mine(rows: torch.Tensor) -> torch.Tensor:
-    """The share of this process of a batch: every WORLD-th row. Each must get one."""
-    if len(rows) < WORLD:
-        fail(f"{len(rows)} rows cannot be shared by {WORLD} processes: fewer of them, or a larger "
-             "batch")
+    """The share of this process of a batch: every WORLD-th row.
+
+    Raises SystemExit if a process would get none; with --shard also if not all get as many, for all
+    must then make the same number of passes.
+    """
+    if len(rows) < WORLD or (sharded and len(rows) % WORLD):
+        fail(f"{len(rows)} rows cannot be shared by {WORLD} processes"
+             + (" equally, as --shard needs" if sharded else ""))
     return rows[RANK::WORLD]
 
 
@@ -84,7 +91,11 @@ def add_gradients(*models: torch.nn.Module) -> None:
     this batch has none, and adds 0."""
     if WORLD == 1:
         return
-    parameters = [p for model in models for p in model.parameters() if p.requires_grad]
+    # those of --shard are added up already
+    parameters = [p for model in models for p in model.parameters()
+                  if p.requires_grad and not hasattr(p, "full_tensor")]
+    if not parameters:
+        return
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
@@ -99,14 +110,14 @@ def agree(number: int) -> int:
     """The largest of what the processes say, so that they all do the same."""
     if WORLD == 1:
         return number
-    largest = torch.tensor(number)
+    largest = torch.tensor(int(number))
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)
 
 
 @contextmanager
 def one_writes() -> Iterator[bool]:
-    """with one_writes() as writer: if writer: ...  The first process writes while no other reads."""
+    """with one_writes() as writer: if writer: ...  The first writes while no other reads."""
     global _writing
     if WORLD == 1 or _writing:
         yield RANK == 0

@@ -31,6 +31,7 @@ from common import fail, short, tasks
 from common.files import read_json_object, read_jsonl, sha256
 from common.processes import RANK, WORLD, share
 from common.run import check_same_task, load_run
+from common.sharding import whole
 from common.tokenizer import Tokenizer
 from common.training import autocast, device, fingerprint, pad, similar_lengths
 from model import Samples, ScalarModel
@@ -157,9 +158,9 @@ def all_scores(model: ScalarModel,
                                     return_inverse=True)
     tokens, lengths = different[:, :-1], different[:, -1]
     scores = torch.zeros(len(tokens))
-    for rows in similar_lengths(torch.arange(len(tokens))[RANK::WORLD], lengths, 256):
-        longest = int(lengths[rows].max())
-        with autocast(dtype):
+    with whole(model), autocast(dtype):
+        for rows in similar_lengths(torch.arange(len(tokens))[RANK::WORLD], lengths, 256):
+            longest = int(lengths[rows].max())
             scores[rows] = model.score(tokens[rows, :longest].to(device()),
                                        lengths[rows].to(device())).cpu()
     share(scores)

@@ -31,6 +31,7 @@ from common import fail, settings, short
 from common.files import (atomic_write, check_writable, delete, lock, read_json_object, unlock,
                           write_json)
 from common.processes import RANK, agree
+from common.sharding import load_state, whole_state
 from common.training import device
 from model import GPT, GPTConfig
 
@@ -196,9 +197,7 @@ class Run:
             fail(f"{self.checkpoint_path}: is of step {saved['step']}, and this run has "
                  f"{self.steps}")
         try:
-            self.model.load_state_dict(saved["model"])
-            for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
+            load_state(self.model, self.optimizers, saved)
         except (RuntimeError, ValueError, KeyError) as error:
             fail(f"{self.checkpoint_path}: is of another model ({short(error)})")
         self.state.update(saved["state"])
@@ -254,8 +253,8 @@ class Run:
                 os.fsync(self._log.fileno())
             save_checkpoint(
                 self.checkpoint_path, {
-                    "model": self.model.state_dict(),
-                    "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                    "model": whole_state(self.model.state_dict()),
+                    "optimizers": whole_state([o.state_dict() for o in self.optimizers]),
                     "state": self.state,
                     "step": step,
                     "seconds": self.seconds(),
@@ -292,7 +291,8 @@ class Run:
         """
         self._log.close()
         tokenizer.save(self.folder / "tokenizer.tiktoken")
-        weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+        weights = whole_state(model.state_dict())
+        weights = {name: tensor.cpu() for name, tensor in weights.items()}
         save_tensors(
             self.folder / "model.pt", {
                 "model": weights,

@@ -33,7 +33,7 @@ from common import ROOT, fail, processes, tasks
 # these change nothing in a result but its rounding: they name no folder, and a run may go on with
 # others
 ROUNDING_ONLY = ("resume", "out", "checkpoint_every", "evaluate_every", "dtype", "compile",
-                 "micro_batch_size")
+                 "shard", "micro_batch_size")
 
 
 # ---- a dataclass with the defaults of its task ---------------------------------------------------
@@ -238,6 +238,13 @@ def require(condition: bool, message: str) -> None:
     """A value out of range stops with one line."""
     if not condition:
         fail(message)
+
+
+def require_processes(config: Any) -> None:
+    """--shard needs processes to share with."""
+    require(not config.shard or processes.WORLD > 1,
+            "--shard: needs several processes: torchrun --nproc-per-node 2 ...")
+    require(not (config.shard and config.compile), "--shard: not with --compile")
 
 
 def require_numbers(config: Any, above_0: str, from_0: str = "") -> None:
