@@ -3,6 +3,7 @@ update, Bradley-Terry fits and DAgger; and what padding costs where prompts are 
 
     python experiments/bench.py                                  # all of them
     python experiments/bench.py --only ppo --batch 64
+    python experiments/bench.py --only dpo --processes 2         # and as torchrun runs it
     python experiments/bench.py --only dpo --layers 6 --heads 6 --embd 384 --dtype bfloat16
 
 Every step is the whole of it (forward, loss, backward, gradient clipping, optimizer), on random
@@ -27,12 +28,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, for the imports below
 
-import common  # noqa: F401  first, so that Ctrl-C while torch is imported is one line, too
+import common  # first, so that Ctrl-C while torch is imported is one line, too
 
+import dataclasses
 import json
 import math
 import os
 import statistics
+import subprocess
 import time
 from typing import Any, Callable, Literal, NamedTuple
 
@@ -42,7 +45,8 @@ import torch.nn as nn
 
 import bt
 import dagger
-from common.settings import changed, parse, require, require_numbers, settings
+from common.processes import WORLD, add_gradients, mine, share
+from common.settings import changed, command, parse, require, require_numbers, settings
 from common.training import adamw, autocast, batches, device, pad
 from dpo import dpo_loss
 from model import GPT, GPTConfig, ScalarModel, generate, response_logprobs, response_mask
@@ -73,15 +77,19 @@ class Config:
     # ---- how it is measured
     steps: int = 60  # Timed steps, after five that are not; a tenth for generation and PPO.
     threads: int = 0  # CPU threads; 0 = as many as torch takes.
+    processes: int = 1  # Time the step once more with its rows shared by so many processes, which
+    # also share the threads.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # Number format of matrix products;
     # auto = bfloat16 on CUDA.
     compile: bool = False  # Use torch.compile on the models.
 
     def __post_init__(self) -> None:
-        require_numbers(self, above_0="layers heads embd vocab batch prompt comp steps",
+        require_numbers(self, above_0="layers heads embd vocab batch prompt comp steps processes",
                         from_0="threads")
         require(self.embd % self.heads == 0,
                 f"--embd {self.embd}: must be a multiple of --heads {self.heads}")
+        require(self.batch % self.processes == 0,
+                f"--batch {self.batch}: must be a multiple of --processes {self.processes}")
         for name in changed(self):
             require(self.only not in OWN_SIZES or name in ("only", "threads"),
                     f"--{name}: not with --only {self.only}, which has sizes of its own")
@@ -119,7 +127,9 @@ def measure(work: Callable[[], object], steps: int, warmup: int) -> dict[str, fl
         synchronize()
         times.append(time.perf_counter() - begin)
     seconds = time.perf_counter() - start
-    others = busy_seconds() - busy - (time.process_time() - own)
+    ours = torch.tensor(time.process_time() - own)
+    share(ours)  # of all processes
+    others = busy_seconds() - busy - ours.item()
     return {"ms_median": 1e3 * statistics.median(times),
             "ms_p10": 1e3 * sorted(times)[len(times) // 10],
             "other_cpu": max(0.0, others / seconds)}
@@ -140,7 +150,8 @@ def matmul_peak(dtype: str) -> float:
 def show(bench: str, measured: dict[str, float], **more: Any) -> None:
     """One JSON line."""
     rounded = {name: round(value, 2) for name, value in measured.items()}
-    line = {"bench": bench, **rounded, **more, "threads": torch.get_num_threads()}
+    line = {"bench": bench, **rounded, **more, "threads": torch.get_num_threads(),
+            "processes": WORLD}
     print(json.dumps(line), flush=True)
 
 
@@ -165,8 +176,9 @@ class Timed(NamedTuple):
     slow: bool = False  # a tenth of the steps is enough
 
 
-def random_rows(config: Config) -> Rows:
-    B, T = config.batch, config.prompt + config.comp
+def random_rows(config: Config, share: int = 1) -> Rows:
+    """Of a batch; or, of a batch that so many processes share, those of one process."""
+    B, T = config.batch // share, config.prompt + config.comp
     tokens = torch.randint(0, config.vocab, (2 * B, T), device=device())
     tokens[B:, :config.prompt] = tokens[:B, :config.prompt]
     prompt_lengths = torch.full((2 * B,), config.prompt, device=device())
@@ -199,6 +211,7 @@ def training_step(config: Config, model: nn.Module, optimizers: list[torch.optim
         with autocast(config.dtype):
             value = loss()
         value.backward()
+        add_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         for optimizer in optimizers:
             optimizer.step()
@@ -211,7 +224,7 @@ def adamw_of(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def sft(config: Config) -> Timed:
-    rows = random_rows(config).first(config.batch)
+    rows = random_rows(config, WORLD).first(config.batch // WORLD)
     model = new(GPT, config)
     logprobs_of = compiled(response_logprobs, config)
 
@@ -220,12 +233,12 @@ def sft(config: Config) -> Timed:
 
     blocks, head = operations(config)
     return Timed(training_step(config, model, optimizers_for(model, 1e-4, 0.1), loss),
-                 tokens=rows.tokens.numel(),
+                 tokens=WORLD * rows.tokens.numel(),
                  flop=3 * rows.tokens.numel() * (blocks + head))  # backward is twice forward
 
 
 def reward_model(config: Config) -> Timed:
-    rows = random_rows(config)
+    rows = random_rows(config, WORLD)
     model = new(ScalarModel, config)
     score = compiled(model.score, config)
 
@@ -235,17 +248,17 @@ def reward_model(config: Config) -> Timed:
 
     blocks, _ = operations(config)
     return Timed(training_step(config, model, [adamw_of(model)], loss),
-                 tokens=rows.tokens.numel(),
+                 tokens=WORLD * rows.tokens.numel(),
                  flop=3 * rows.tokens.numel() * blocks,
                  unit="pairs")
 
 
 def dpo(config: Config) -> Timed:
-    rows = random_rows(config)
+    rows = random_rows(config, WORLD)
     model = new(GPT, config)
     logprobs_of = compiled(response_logprobs, config)
     # those of the reference are computed before training
-    reference = torch.full((2, config.batch), -8.0 * config.comp, device=device())
+    reference = torch.full((2, config.batch // WORLD), -8.0 * config.comp, device=device())
 
     def loss() -> torch.Tensor:
         chosen, rejected = logprobs_of(model, *rows).sum(1).view(2, -1)
@@ -253,7 +266,7 @@ def dpo(config: Config) -> Timed:
 
     blocks, head = operations(config)
     return Timed(training_step(config, model, [adamw_of(model)], loss),
-                 tokens=rows.tokens.numel(),
+                 tokens=WORLD * rows.tokens.numel(),
                  flop=3 * rows.tokens.numel() * (blocks + head),
                  unit="pairs")
 
@@ -287,8 +300,10 @@ def ppo(config: Config) -> Timed:
         # roll out, and score with all four networks
         with torch.no_grad(), autocast(config.dtype):
             samples = generate(policy, prompts, policy.config.block_size, NO_EOS, 0, draw)
-            inputs = Rows(samples.tokens.to(device()), samples.prompt_lengths.to(device()),
-                          samples.lengths.to(device()))
+            of_mine = mine(torch.arange(config.batch))
+            inputs = Rows(samples.tokens[of_mine].to(device()),
+                          samples.prompt_lengths[of_mine].to(device()),
+                          samples.lengths[of_mine].to(device()))
             old_logprobs = logprobs_of(policy, *inputs)
             ref_logprobs = logprobs_of(ref, *inputs)
             old_values = values_of(value, *inputs)
@@ -308,6 +323,7 @@ def ppo(config: Config) -> Timed:
             policy_losses, _ = policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2)
             value_losses = value_loss(values, old_values, returns, mask, clip=0.2)
             ((policy_losses.sum() + value_losses.sum()) / mask.sum()).backward()
+            add_gradients(*optimizers)
             for network, optimizer in optimizers.items():
                 torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0).item()
                 optimizer.step()
@@ -480,11 +496,26 @@ def track_once(road: dagger.Track) -> None:
 
 # ---- main ----------------------------------------------------------------------------------------
 
+def in_processes(config: Config) -> int:
+    """The same bench by torchrun, with the threads shared out; its exit status."""
+    threads = max(1, torch.get_num_threads() // config.processes)
+    script, *flags = command(dataclasses.replace(config, threads=threads))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    return subprocess.call([sys.executable, *launcher, str(config.processes),
+                            str(common.ROOT / script), *flags])
+
+
+
 def main(config: Config) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
+    if config.processes > 1 and WORLD == 1:
+        main(dataclasses.replace(config, processes=1))
+        raise SystemExit(in_processes(config))
     others = {"padding": padding, "bt": bradley_terry, "dagger": imitation}
     names = [*STEPS, *others] if config.only == "all" else [config.only]
+    if WORLD > 1:
+        names = [name for name in names if name in STEPS]
     peak = matmul_peak(config.dtype) if set(names) & set(STEPS) else 0.0
     for name in names:
         if name in STEPS:

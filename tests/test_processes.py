@@ -208,6 +208,18 @@ def test_what_all_die_of_is_said_once(root, work):
         shutil.rmtree(work / "refused", ignore_errors=True)
 
 
+def test_the_scaling_of_a_step_can_be_measured(tmp_path):
+    """One line of one process, and one of two that share the batch and the threads."""
+    skip_without_loopback()
+    command = "--only sft --layers 1 --heads 2 --embd 8 --vocab 50 --batch 4 --prompt 3 --comp 5 --steps 2 --processes 2"
+    done = subprocess.run([sys.executable, clone.ROOT / "experiments/bench.py", *command.split()], cwd=tmp_path, text=True,
+                          capture_output=True, env={**clone.environment(), "OMP_NUM_THREADS": "2"})
+    one, two = map(json.loads, done.stdout.splitlines())
+    assert (one["processes"], one["threads"], two["processes"], two["threads"]) == (1, 2, 2, 1)
+    for line in one, two:  # of the whole batch: 4 rows of 8 positions
+        assert line["tokens_per_s"] / line["rows_per_s"] == pytest.approx(8, rel=0.01)
+
+
 def test_shard_alone_is_refused(root, tmp_path):
     assert clone.run_here(root, tmp_path, "dpo", "--shard") == (
         "error: --shard: needs several processes: torchrun --nproc-per-node 2 ...")
