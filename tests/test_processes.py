@@ -16,7 +16,9 @@ import clone
 from common import processes
 from common.processes import add_gradients, mine
 from common.run import load_checkpoint
+from common.settings import parse
 from conftest import skip_without_loopback, tiny_gpt
+from experiments import bench
 from test_faults import last_step, wait_for
 
 # 20 steps of each script. Batches of 6 and 12 rows: 2 and 3 processes can share them equally
@@ -208,16 +210,38 @@ def test_what_all_die_of_is_said_once(root, work):
         shutil.rmtree(work / "refused", ignore_errors=True)
 
 
-def test_the_scaling_of_a_step_can_be_measured(tmp_path):
-    """One line of one process, and one of two that share the batch and the threads."""
+BENCH = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+from common.settings import parse
+from experiments import bench
+bench.matmul_peak = lambda dtype: 1e9  # takes some seconds
+bench.main(parse(bench.Config, ""))
+"""
+SMALL_STEP = "--only dpo --layers 1 --heads 2 --embd 8 --vocab 50 --batch 4 --prompt 3 --comp 5 --steps 2".split()
+
+
+def test_the_scaling_of_a_step_can_be_measured(tmp_path, monkeypatch, capsys):
+    """A line of one process, and torchrun on the same command with the threads shared out, which shows a line of the whole
+    batch: 4 pairs of 2 rows of 8 positions."""
+    calls = []
+    monkeypatch.setattr(bench, "matmul_peak", lambda dtype: 1e9)
+    monkeypatch.setattr(bench.subprocess, "call", lambda command: calls.append(command) or 0)
+    before = torch.get_num_threads()
+    with pytest.raises(SystemExit, match="0"):
+        bench.main(parse(bench.Config, "", [*SMALL_STEP, "--processes", "2", "--threads", "2"]))
+    torch.set_num_threads(before)
+    again = calls[0][calls[0].index(str(clone.ROOT / "experiments/bench.py")) + 1:]
+    assert "--nproc-per-node 2" in " ".join(calls[0]) and again[again.index("--threads") + 1] == "1"
+
     skip_without_loopback()
-    command = "--only sft --layers 1 --heads 2 --embd 8 --vocab 50 --batch 4 --prompt 3 --comp 5 --steps 2 --processes 2"
-    done = subprocess.run([sys.executable, clone.ROOT / "experiments/bench.py", *command.split()], cwd=tmp_path, text=True,
-                          capture_output=True, env={**clone.environment(), "OMP_NUM_THREADS": "2"})
-    one, two = map(json.loads, done.stdout.splitlines())
-    assert (one["processes"], one["threads"], two["processes"], two["threads"]) == (1, 2, 2, 1)
-    for line in one, two:  # of the whole batch: 4 rows of 8 positions
-        assert line["tokens_per_s"] / line["rows_per_s"] == pytest.approx(8, rel=0.01)
+    (tmp_path / "driver.py").write_text(BENCH)
+    process = torchrun(2, tmp_path / "driver.py", clone.ROOT, *again, cwd=tmp_path)
+    output, errors = process.communicate(timeout=60)
+    one, two = json.loads(capsys.readouterr().out), json.loads(output)
+    assert (one["processes"], one["threads"], two["processes"], two["threads"]) == (1, 2, 2, 1), errors
+    for line in one, two:
+        assert line["tokens_per_s"] / line["pairs_per_s"] == pytest.approx(16, rel=0.01)
 
 
 def test_shard_alone_is_refused(root, tmp_path):
