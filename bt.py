@@ -30,8 +30,8 @@ strengths that are twice as large are another model.
 Symbols: r strengths (K,); wins[i, j] how often i beat j, with i on the left if sides matter;
 losses[i, j] how often i, on the left, lost to j; ties[i, j]. Intervals are 95% intervals.
 
-Writes  runs/bt/ : leaderboard.csv, probabilities.csv, figure.png with --data;
-                   results.jsonl, figure.png without
+Writes  runs/bt/             results.jsonl, figure.png
+        runs/bt-data-FILE/   leaderboard.csv, probabilities.csv, figure.png
 """
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from common.comparisons import (CYCLE, DISAGREE, Comparisons, Rankings, count, p
                                 read_comparisons, winners, write_leaderboard)
 from common.figures import figure
 from common.files import check_writable, write_jsonl
-from common.settings import parse, require, require_numbers, settings
+from common.settings import parse, require, require_numbers, run_folder, settings
 from common.statistics import Objective, newton
 
 
@@ -73,7 +73,7 @@ class Config:
 
     # ---- the run
     seed: int = 0  # Seed of the simulation, of the bootstrap and of the draws for the ranks.
-    out: str = "runs/bt"  # Folder for the tables and the figure.
+    out: str = ""  # Folder for tables and figure, if not one named by the settings.
 
     def __post_init__(self) -> None:
         require_numbers(self, above_0="resamples items comparisons", from_0="prior seed")
@@ -88,6 +88,7 @@ class Config:
             require(self.data == "" or name not in changed, f"--{name}: not with --data")
         require(self.errors == "bootstrap" or "resamples" not in changed,
                 "--resamples: needs --errors bootstrap")
+        self.out = self.out or run_folder(self, "bt")
 
 
 # ---- Bradley-Terry -------------------------------------------------------------------------------

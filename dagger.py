@@ -50,7 +50,7 @@ from tqdm import tqdm
 
 from common.figures import figure
 from common.files import check_writable, write_jsonl
-from common.settings import parse, require, require_numbers, settings
+from common.settings import parse, require, require_numbers, run_folder, settings
 from common.statistics import mean_se
 
 LABELS = {"bridge": 30_720, "track": 2960}
@@ -76,7 +76,7 @@ class Config:
     horizon: int = 256  # Longest horizon of the bridge, in steps; the five others are its halves.
     seeds: int = 20  # Repetitions, over which intervals are computed.
     seed: int = 0  # First seed.
-    out: str = ""  # Folder for rows and figure, if not runs/dagger-<task>.
+    out: str = ""  # Folder for rows and figure, if not one named by the settings.
 
     def __post_init__(self) -> None:
         require_numbers(self, above_0="horizon seeds", from_0="labels iterations seed")
@@ -84,11 +84,11 @@ class Config:
         require(2 <= self.seeds <= 1000, f"--seeds {self.seeds}: must be from 2 to 1000")
         require(self.task == "bridge" or self.horizon == Config.horizon,
                 "--horizon: needs --task bridge")
+        self.out = self.out or run_folder(self, f"dagger-{self.task}", never=("task", ))
         if self.schedule == "auto":
             self.schedule = SCHEDULE[self.task]
         self.labels = self.labels or LABELS[self.task]
         self.iterations = self.iterations or ITERATIONS[self.task]
-        self.out = self.out or f"runs/dagger-{self.task}"
 
         of_a_round = self.horizon if self.task == "bridge" else 10  # labels, at least
         least, most = of_a_round * self.iterations, MOST_LABELS[self.task]

@@ -37,7 +37,7 @@ import numpy as np
 from common.comparisons import CYCLE, DISAGREE, winners
 from common.figures import figure
 from common.files import check_writable, write_jsonl
-from common.settings import parse, require, require_numbers, settings
+from common.settings import parse, require, require_numbers, run_folder, settings
 from common.statistics import mean_se
 
 
@@ -47,13 +47,14 @@ class Config:
     horizon: int = 30_000  # Comparisons in each run of a bandit.
     runs: int = 20  # Independent runs of each bandit; the regret shown is their mean.
     seed: int = 0  # Seed of the arms and of the bandits.
-    out: str = "runs/dueling"  # Folder for the results and the figure.
+    out: str = ""  # Folder for rows and figure, if not one named by the settings.
 
     def __post_init__(self) -> None:
         require_numbers(self, above_0="arms horizon runs", from_0="seed")
         require(2 <= self.arms <= 200, f"--arms {self.arms}: must be from 2 to 200")
         require(100 <= self.horizon <= 10**6, f"--horizon {self.horizon}: must be from 100 to 10^6")
         require(2 <= self.runs <= 100, f"--runs {self.runs}: must be from 2 to 100")
+        self.out = self.out or run_folder(self, "dueling")
 
 
 # ---- the problem ---------------------------------------------------------------------------------

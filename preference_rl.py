@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 from common.figures import figure
 from common.files import check_writable, write_jsonl
-from common.settings import parse, require, require_numbers, settings
+from common.settings import parse, require, require_numbers, run_folder, settings
 from common.statistics import mean_se
 
 SEGMENT = 20  # steps of a segment, two seconds; an episode is five of them
@@ -69,7 +69,7 @@ class Config:
     # ---- the experiment
     seeds: int = 10  # Simulated people, each with answers and episodes of their own.
     seed: int = 0  # First seed.
-    out: str = "runs/preference-rl"  # Folder for rows and figure.
+    out: str = ""  # Folder for rows and figure, if not one named by the settings.
 
     def __post_init__(self) -> None:
         require_numbers(self, above_0="answers rounds questions seeds", from_0="rationality seed")
@@ -77,6 +77,7 @@ class Config:
             value = getattr(self, name)
             require(value <= most, f"--{name} {value}: must be at most {most}")
         require(2 <= self.seeds <= 1000, f"--seeds {self.seeds}: must be from 2 to 1000")
+        self.out = self.out or run_folder(self, "preference-rl")
 
 
 # ---- the model: P(first is preferred) = sigmoid(w . (Phi1 - Phi2)), w ~ N(0, prior^2) ------------

@@ -3,6 +3,8 @@
     settings.py     a dataclass becomes the command line; what a run folder is called
     pipeline.py     what a script starts from (data, policy, pairs, bank); built where it is missing
     training.py     device, dtype, random streams, batches, optimizers, running means
+    processes.py    several processes, one run: who takes which rows, who writes
+    sharding.py     --shard: where a model no longer fits one device
     run.py          the run folder: settings, log, checkpoints, resume; finished models
     rewards.py      gold, learned, FILE.py:function: one interface
     tasks.py        what a task is, and its prepared data

@@ -130,15 +130,18 @@ def runs_of(sft: str | Path) -> Path:
     return Path(sft).parent if Path(sft).name == "sft" else Path(sft)
 
 
-def run_folder(config: Any, name: str, always: tuple[str, ...] = (), never: tuple[str,
-                                                                                  ...] = ()) -> str:
+def run_folder(config: Any, name: str, always: tuple[str, ...] = (),
+               never: tuple[str, ...] = ()) -> str:
     """The folder of a run: `name`, the settings that always tell it apart, and every other one that
     is no default.
 
     So another experiment is another folder: dpo-beta0.1-seed0, dpo-beta0.1-seed0-lr0.0001.
     """
-    base = runs_of(config.sft) if getattr(config, "sft", "") else runs_folder(
-        config.dataset, config.preset)
+    base = Path("runs")
+    if getattr(config, "sft", ""):
+        base = runs_of(config.sft)
+    elif hasattr(config, "dataset"):
+        base = runs_folder(config.dataset, config.preset)
     hidden = (*ROUNDING_ONLY, "dataset", "preset", "on", "sft", *always, *never)
     parts = [name] + [label(key, getattr(config, key)) for key in always]
     parts += [label(key, value) for key, value in changed(config).items() if key not in hidden]
@@ -152,7 +155,8 @@ def label(name: str, value: Any) -> str:
         return name
     if isinstance(value, (int, float)):
         return f"{name}{value:g}"
-    return f"{name}-" + re.sub(r"[^\w.]+", "-", str(value).removesuffix(".jsonl")).strip("-.")
+    value = re.sub(r"\.(jsonl|csv)$", "", str(value))
+    return f"{name}-" + re.sub(r"[^\w.]+", "-", value).strip("-.")
 
 
 # ---- the command line ----------------------------------------------------------------------------

@@ -281,7 +281,8 @@ def test_baseball_1987_on_the_command_line(tmp_path):
     code, out, err = run("--data", "x.csv", "--home", "--reference", "Baltimore", cwd=tmp_path)
     assert (code, err) == (0, "")
     assert "the left side's advantage: 0.3023, s.e. 0.1309" in out
-    with open(tmp_path / "runs/bt/leaderboard.csv", newline="") as file:
+    folder = tmp_path / "runs/bt-data-x-home-reference-Baltimore"
+    with open(folder / "leaderboard.csv", newline="") as file:
         table = {row["item"]: row for row in csv.DictReader(file)}
     assert published(table[team]["strength"] for team in TEAMS) == BASEBALL_AT_HOME
     best_first = "Milwaukee,Detroit,Toronto,New York,Boston,Cleveland,Baltimore"
@@ -652,8 +653,10 @@ def test_a_full_disk_is_one_line_that_names_the_figure(tmp_path):
     (tmp_path / "x.csv").write_text("winner,loser\na,b\nb,a\n")
     code, _, err = run("--data", "x.csv", cwd=tmp_path, preexec_fn=lambda: resource.setrlimit(
         resource.RLIMIT_FSIZE, (4096, 4096)))
-    assert (code, err) == (1, "error: runs/bt/figure.png: cannot be written (File too large)\n")
-    assert sorted(os.listdir(tmp_path / "runs/bt")) == ["leaderboard.csv", "probabilities.csv"]
+    assert code == 1
+    assert err == "error: runs/bt-data-x/figure.png: cannot be written (File too large)\n"
+    tables = ["leaderboard.csv", "probabilities.csv"]
+    assert sorted(os.listdir(tmp_path / "runs/bt-data-x")) == tables
 
 
 def test_a_terminal_that_takes_nothing_is_one_line_and_the_tables_are_there(tmp_path):
@@ -663,4 +666,4 @@ def test_a_terminal_that_takes_nothing_is_one_line_and_the_tables_are_there(tmp_
                                  stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
     assert process.stderr.splitlines()[0] == "error: cannot write (No space left on device)"
     assert "Traceback" not in process.stderr
-    assert len(os.listdir(tmp_path / "runs/bt")) == 3
+    assert len(os.listdir(tmp_path / "runs/bt-data-x")) == 3

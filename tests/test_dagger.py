@@ -320,7 +320,8 @@ def test_two_runs_are_alike_and_leave_rows_and_a_figure(small, tmp_path):
     done = subprocess.run([sys.executable, clone.ROOT / "dagger.py", *flags], cwd=tmp_path,
                           text=True, capture_output=True, env=clone.environment())
     assert done.returncode == 0 and "Error" not in done.stderr, done.stderr
-    folder = tmp_path / "runs/dagger-bridge"
+    folder = tmp_path / Config(**SMALL).out  # named by what is no default
+    assert folder.name.startswith("dagger-bridge-") and len(SMALL) == folder.name.count("-") - 1
     assert sorted(path.name for path in folder.iterdir()) == ["figure.png", "results.jsonl"]
     written = (folder / "results.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in written] == small

@@ -156,11 +156,12 @@ def test_the_command_writes_before_it_prints(tmp_path):
     process.stdout.close()
     assert "Traceback" not in process.stderr.read()
     process.wait(timeout=60)
-    lines = (tmp_path / "runs/dueling/results.jsonl").read_text().splitlines()
+    folder = tmp_path / "runs/dueling-arms3-horizon200-runs2"
+    lines = (folder / "results.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert [(row["bandit"], row["step"]) for row in rows[:-1]] == [
         (name, step) for name in ("uniform", "interleaved filter", "RUCB") for step in (2, 20, 200)]
-    assert (tmp_path / "runs/dueling/figure.png").stat().st_size > 10_000
+    assert (folder / "figure.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("flags, expected", [
