@@ -42,7 +42,7 @@ from test_faults import tree
 ALGORITHMS = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "reinforce": reinforce, "ppo": ppo}
 CONFIGS = {**ALGORITHMS, "classifier": classifier, "bt": bt, "preference_rl": preference_rl, "dagger": dagger,
            "experiments/frontier": frontier, "experiments/scaling": scaling, "experiments/winrate": winrate}
-for name in ("dueling", "experiments/distill", "experiments/bench"):
+for name in ("dueling", "experiments/distill", "experiments/bench", "experiments/memory"):
     CONFIGS[name] = importlib.import_module(name.replace("/", "."))
 SOURCES = [path for pattern in ("*.py", "common/*.py", "experiments/*.py", "data/*.py", "data/*/*.py")
            for path in clone.ROOT.glob(pattern)]
@@ -566,7 +566,7 @@ def test_the_scripts_can_prepare_every_dataset(prepare):
 
 
 @pytest.mark.parametrize("script", [*clone.SCRIPTS, "bt", "dueling", "preference_rl", "dagger",
-                                    "experiments/distill", "experiments/bench", "experiments/frontier",
+                                    "experiments/distill", "experiments/bench", "experiments/memory", "experiments/frontier",
                                     "experiments/winrate", "experiments/scaling", "experiments/agreement",
                                     "experiments/samples", "data/reviews/prepare", "data/imdb/prepare", "data/tldr/prepare"])
 def test_help_of_every_script_exits_0_and_does_nothing(script, root, tmp_path, monkeypatch, capsys):
