@@ -236,6 +236,14 @@ def response_logprobs(model: GPT, tokens: torch.Tensor, prompt_lengths: torch.Te
     return logprobs.new_zeros(mask.shape).index_put((rows, r), logprobs)
 
 
+ROOM = 2**33  # bytes that the logits of a batch, or the cache of a sample, may take
+
+
+def at_once(most: int, bytes_of_a_row: int) -> int:
+    """Rows to run together without gradient: as many as pay, fewer where a row takes much."""
+    return max(1, min(most, ROOM // bytes_of_a_row))
+
+
 @torch.no_grad()
 def summed_logprobs(model: GPT,
                     tokens: torch.Tensor,
@@ -246,6 +254,9 @@ def summed_logprobs(model: GPT,
     """log pi(response | prompt) of many rows, (N,) fp32 on the CPU, without gradient; similar
     lengths run together."""
     total = torch.zeros(len(tokens))
+    longest = int((lengths - prompt_lengths).max())
+    # two copies of the logits
+    batch_size = at_once(batch_size, 2 * 4 * model.config.vocab_size * longest)
     with whole(model), autocast(dtype):
         for rows in similar_lengths(torch.arange(len(tokens))[RANK::WORLD], lengths, batch_size):
             logprobs = response_logprobs(model, tokens[rows].to(device()),
@@ -292,7 +303,7 @@ def generate(model: GPT,
             prompt.
         generator: the private random stream (on the CPU); nothing else is drawn from.
         temperature: divides the logits; 0 takes the most likely token.
-        chunk: rows at a time; bounds the memory of the cache.
+        chunk: rows at a time; fewer where their cache would be larger than ROOM.
     Raises:
         ValueError if a prompt is empty or leaves no room for a response.
     """
@@ -313,6 +324,8 @@ def generate(model: GPT,
     written = torch.zeros_like(tokens)
     lengths = torch.zeros(B, dtype=torch.long)
     logprobs = torch.zeros(B, max_length)
+    sizes = model.config
+    chunk = at_once(chunk, 2 * 4 * sizes.n_layer * sizes.n_embd * max_length)  # keys and values
     with whole(model):
         for rows in chunks_of_similar_length(prompt_lengths, chunk):
             rows = rows[RANK::WORLD]  # of several processes each samples its share ...

@@ -39,10 +39,11 @@ from torch.profiler import ProfilerActivity, profile
 from common.settings import changed, parse, require, require_numbers, settings
 from common.training import adamw, autocast
 from dpo import dpo_loss
-from model import (GPT, GPTConfig, ScalarModel, generate, response_logprobs, response_mask,
+from model import (GPT, GPTConfig, ScalarModel, at_once, generate, response_logprobs, response_mask,
                    summed_logprobs)
 from ppo import policy_loss, response_values, value_loss
 
+# at most, and fewer where a row takes much: model.at_once
 SCORED = 256  # rows that summed_logprobs takes at once, on each device
 SAMPLED = 1024  # rows that generate takes at once, shared by the devices
 TRAINED = 16  # rows of a micro-batch in the tables, on each device: 8 pairs of DPO
@@ -109,8 +110,8 @@ def optimizer_bytes(config: GPTConfig, algorithm: str) -> int:
 
 
 def memory(config: GPTConfig, algorithm: str, devices: int = 1, shard: bool = False,
-           rows: int = TRAINED, prompt: int = PROMPT, bfloat16: bool = True, scored: int = SCORED,
-           sampled: int = SAMPLED) -> dict[str, float]:
+           rows: int = TRAINED, prompt: int = PROMPT, bfloat16: bool = True, scored: int = 0,
+           sampled: int = 0) -> dict[str, float]:
     """Bytes on each device. Every row has block_size tokens, `prompt` of them the prompt's.
 
     Args:
@@ -118,11 +119,14 @@ def memory(config: GPTConfig, algorithm: str, devices: int = 1, shard: bool = Fa
         devices: data parallel; with `shard` each keeps a part of weights, gradients and states.
         rows: of a micro-batch, on each device.
         bfloat16: autocast, as on CUDA. Weights, gradients and states are fp32 all the same.
-        scored, sampled: rows that are scored at once on a device, and sampled at once on all.
+        scored, sampled: rows that are scored at once on a device, and sampled at once on all; 0 =
+            as many as model.py takes.
     """
     count = parameters(config)
     total = sum(count.values())
     L, C, V, T = config.n_layer, config.n_embd, config.vocab_size, config.block_size
+    scored = scored or at_once(SCORED, 2 * 4 * V * (T - prompt))
+    sampled = sampled or at_once(SAMPLED, 2 * 4 * L * C * T)
     trained = {"sft": 1, "dpo": 1, "ppo": 2}[algorithm]  # networks; PPO's value network is one
     frozen = {"sft": 0, "dpo": 1, "ppo": 2}[algorithm]  # the reference; PPO's reward model
     part = devices if shard else 1  # what is sharded is divided by it
@@ -174,10 +178,10 @@ def memory(config: GPTConfig, algorithm: str, devices: int = 1, shard: bool = Fa
     return found
 
 
-def largest(algorithm: str, gigabytes: float, devices: int, shard: bool, phase: str) -> str:
-    """The largest of MODELS whose phase, or peak, fits into a device of so many GB (1e9 bytes)."""
+def largest(algorithm: str, gigabytes: float, devices: int, shard: bool) -> str:
+    """The largest of MODELS whose peak fits into a device of so many GB (1e9 bytes)."""
     fits = [name for name, config in MODELS.items()
-            if memory(config, algorithm, devices, shard)[phase] <= 1e9 * gigabytes]
+            if memory(config, algorithm, devices, shard)["peak"] <= 1e9 * gigabytes]
     return fits[-1] if fits else "none"
 
 
@@ -238,12 +242,11 @@ def memory_table() -> str:
 
 
 def fits_table() -> str:
-    """In a cell: the largest model by training alone, and by all phases."""
+    """In a cell: the largest model whose every phase fits."""
     rows = []
     for algorithm in ("dpo", "ppo"):
         for devices, shard in ((1, False), (8, True)):
-            cells = [" / ".join(largest(algorithm, card, devices, shard, phase)
-                                for phase in ("training", "peak")) for card in CARDS]
+            cells = [largest(algorithm, card, devices, shard) for card in CARDS]
             rows.append([algorithm, "8, shard" if shard else "1", *cells])
     return table(" | devices | " + " | ".join(f"{card} GB" for card in CARDS), rows)
 
