@@ -37,6 +37,7 @@ from common import fail, pipeline, tasks
 from common.figures import figure
 from common.files import read_json_object, write_json, write_jsonl
 from common.pairs import sampled_responses
+from common.processes import join
 from common.run import Run, check_same_task, load_run
 from common.settings import Parser, stop_like_ctrl_c
 from common.tokenizer import Tokenizer
@@ -453,6 +454,7 @@ def reference_of(run: str, config: dict) -> Path:
 
 if __name__ == "__main__":
     stop_like_ctrl_c()
+    join()
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="+", help="folders of finished runs: sft, dpo, ...")
     main(parser.parse_args().run)
