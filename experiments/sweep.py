@@ -1,4 +1,4 @@
-"""Run many commands of this repository, a few at a time, and go on with them after any stop.
+r"""Run many commands of this repository, a few at a time, and go on with them after any stop.
 
     planned = with_sources(planned, start)
     done, stopped = run_all(planned, folder)    # python dpo.py --beta 0.1, python ppo.py, ...
@@ -12,6 +12,15 @@ the sweep by name before anything is run.
 
 Ctrl-C (or SIGTERM) lets every run write its checkpoint. What is finished by then comes back, so
 that a script can make its table and figure of that, and end with exit status STOPPED.
+
+Several machines that share a disk: --print lists the runs that are still to do as commands, one a
+line, once all that they share is built. Run them in any order, from the same folder; the next start
+of the experiment finds them finished, and makes its table. Here on 8 cores of one machine; a SLURM
+array takes a line a task.
+
+    python experiments/frontier.py --print > runs.txt
+    OMP_NUM_THREADS=1 xargs -d '\n' -P 8 -n 1 sh -c < runs.txt
+    python experiments/frontier.py
 """
 from __future__ import annotations
 
@@ -19,6 +28,7 @@ import ctypes
 import dataclasses
 import importlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -96,6 +106,20 @@ def sources(config: Any, start: pipeline.Start) -> dict[str, str]:
     return importlib.import_module(script_of(type(config)).stem).built_from(start, reward)
 
 
+def print_commands(planned: list[PlannedRun]) -> None:
+    """What is not finished, as lines for a shell; nothing else goes to stdout."""
+    waiting = [run for run in planned if not is_finished(run)]
+    print(f"{len(planned)} runs, {len(planned) - len(waiting)} of them finished", file=sys.stderr)
+    for run in waiting:
+        print(shlex.join(words(run)))
+
+
+def words(run: PlannedRun) -> list[str]:
+    """The words of the run's whole command: Python, script, every flag."""
+    script, *flags = command(run.config)
+    return [sys.executable, str(ROOT / script), *flags]
+
+
 # ---- running -------------------------------------------------------------------------------------
 
 def run_all(planned: list[PlannedRun], folder: Path,
@@ -151,12 +175,11 @@ def run_waiting(waiting: list[PlannedRun], total: int, folder: Path, workers: in
 def start(run: PlannedRun, folder: Path, threads: int) -> subprocess.Popen:
     """The run's command as a process that Ctrl-C on the terminal does not reach: the sweep gets it,
     and passes it on."""
-    script, *flags = command(run.config)
     output = output_of(run, folder)
     output.parent.mkdir(parents=True, exist_ok=True)
     with open(output, "wb") as file:
         return subprocess.Popen(
-            [sys.executable, ROOT / script, *flags],
+            words(run),
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
