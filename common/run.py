@@ -120,7 +120,7 @@ def load_checkpoint(path: Path, *needed: str) -> dict | None:
 def describe_machine() -> dict[str, Any]:
     """What a result depends on besides its settings."""
     name = platform.processor() or platform.machine()
-    if torch.cuda.is_available():
+    if device().type == "cuda":
         name = torch.cuda.get_device_name()
     return {
         "torch": torch.__version__,

@@ -32,8 +32,8 @@ from common import ROOT, fail, processes, tasks
 
 # these change nothing in a result but its rounding: they name no folder, and a run may go on with
 # others
-ROUNDING_ONLY = ("resume", "out", "checkpoint_every", "evaluate_every", "dtype", "compile",
-                 "micro_batch_size")
+ROUNDING_ONLY = ("resume", "out", "checkpoint_every", "evaluate_every", "dtype", "device",
+                 "compile", "micro_batch_size")
 
 
 # ---- a dataclass with the defaults of its task ---------------------------------------------------

@@ -27,6 +27,8 @@ from common.processes import share  # noqa: E402
 
 
 Dtype = Literal["auto", "float32", "bfloat16"]  # of matrix products; weights are fp32
+Device = Literal["auto", "cpu", "cuda", "mps"]
+asked_for: Device = "auto"  # by --device
 
 
 # ---- numbers and random streams ------------------------------------------------------------------
@@ -41,12 +43,25 @@ def fingerprint(state: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
+def use_device(name: Device) -> None:
+    """What --device says, for this process and for all that it builds. Stops if it is not there."""
+    global asked_for
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if name in there and not there[name]():
+        fail(f"--device {name}: torch {torch.__version__} finds none on this machine")
+    asked_for = name
+
+
 def device() -> torch.device:
+    """The one that was asked for; auto is CUDA where there is one, else the CPU. An Apple GPU (mps)
+    is used only if it is asked for: all of this was written for it, and never run on it."""
+    if asked_for != "auto":
+        return torch.device(asked_for)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def autocast(dtype: str) -> torch.autocast:
-    """bf16 autocast where asked for; 'auto' means bf16 on CUDA and fp32 on a CPU. No fp16, so no
+    """bf16 autocast where asked for; 'auto' means bf16 on CUDA and fp32 elsewhere. No fp16, so no
     GradScaler."""
     kind = device().type
     return torch.autocast(kind,

@@ -55,6 +55,7 @@ from common.run import check_folder
 from common.settings import (ROUNDING_ONLY, changed, defaults_of, parse, require, require_numbers,
                              run_folder, runs_folder, runs_of, script_of, settings)
 from common.statistics import mean_se
+from common.training import Device, use_device
 from experiments.sweep import (STOPPED, PlannedRun, finished_log, print_commands, run_all,
                                with_sources)
 
@@ -77,6 +78,7 @@ class Config:
     workers: int = 0  # Runs at a time; 0 = one for each core, or one on CUDA.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # Number format of matrix products;
     # auto = bfloat16 on CUDA.
+    device: Device = "auto"  # Where it is computed; auto = CUDA where there is one, else the CPU.
     print: bool = False  # Run nothing: print the commands that are still to do, one a line.
     out: str = ""  # Folder of the sweep, if not frontier beside the SFT policy.
 
@@ -189,7 +191,8 @@ def plan_run(config: Config, name: str, own: dict[str, float], seed: int) -> Pla
     policy = dict(init=config.sft) if method.script is sft else dict(sft=config.sft)
     every = preset.evaluate_every[script_of(script).stem]
     run = script(**{"dataset": config.dataset, "preset": config.preset, "dtype": config.dtype,
-                    "evaluate_every": every, **policy, **values, "seed": seed, "resume": True})
+                    "device": config.device, "evaluate_every": every, **policy, **values,
+                    "seed": seed, "resume": True})
     setting = {key: value for key, value in own.items() if key != "lr_factor"}
     if lr_factor:
         run.lr *= lr_factor
@@ -561,6 +564,7 @@ def draw_learning_rates(axis, rates: dict[float, dict[float, float]]) -> None:
 
 def build(config: Config) -> tuple[evaluate.Bank, list[PlannedRun]]:
     """What all runs share, and the runs; mistakes are named before any of it is built."""
+    use_device(config.device)
     check_writable(config.out)
     planned = plan(config)
     for run in planned:

@@ -58,7 +58,7 @@ from common.run import compare_settings, load_run
 from common.settings import changed, parse, require, require_numbers, run_folder, runs_of, settings
 from common.statistics import mean_se
 from common.tokenizer import Tokenizer
-from common.training import generator, half_ties
+from common.training import Device, generator, half_ties, use_device
 from experiments.sweep import STOPPED, PlannedRun, print_commands, run_all
 from model import ScalarModel
 
@@ -92,6 +92,7 @@ class Config:
     block_size: int = 0  # Tokens of prompt and response; 0 = as many as the SFT policy has.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # Number format of matrix products;
     # auto = bfloat16 on CUDA.
+    device: Device = "auto"  # Where it is computed; auto = CUDA where there is one, else the CPU.
 
     # ---- the runs
     sft: str = ""  # Run folder of the SFT policy, if not runs/<dataset>/sft.
@@ -274,7 +275,8 @@ def plan(config: Config, policies: dict[str, Path],
             run = reward_model.Config(
                 dataset=config.dataset, preset=config.preset, pairs=str(path), sft=str(policy),
                 seed=seed, lr=config.lr, block_size=config.block_size, dtype=config.dtype,
-                resume=True, out=str(Path(config.out) / f"{size}-{count}-seed{seed}"))
+                device=config.device, resume=True,
+                out=str(Path(config.out) / f"{size}-{count}-seed{seed}"))
             steps_per_epoch = max(1, pairs // run.batch_size)
             run.epochs = max(config.epochs, config.min_steps / steps_per_epoch)
             planned.append(PlannedRun(size, str(count), seed, run))
@@ -432,6 +434,7 @@ def build(config: Config) -> tuple[list[PlannedRun], list[Pairs], str]:
         the runs; the held-out pairs of each prompt; the file that these stand in.
     """
     # ---- 1) what can be wrong with the settings shows before hours are spent ---------------------
+    use_device(config.device)
     folder = Path(config.out)
     check_writable(folder)
     rows = read_pairs(config.pairs) if config.pairs else []

@@ -128,14 +128,14 @@ def run_all(planned: list[PlannedRun], folder: Path,
 
     Args:
         folder: of the sweep. What the runs print goes to its folder output/.
-        workers: runs at a time; 0 = one for each core, or one on CUDA.
+        workers: runs at a time; 0 = one for each core, or one on a GPU.
     Returns:
         The runs that are finished, in the order planned; and whether the sweep was stopped.
     Raises:
         SystemExit where a run has failed, with its command and the last line that it printed.
     """
     if not workers:
-        workers = 1 if device().type == "cuda" else os.cpu_count() or 1
+        workers = os.cpu_count() or 1 if device().type == "cpu" else 1
     waiting = [run for run in planned if not is_finished(run)]
     print(f"{len(planned)} runs, {len(planned) - len(waiting)} of them finished; "
           f"{workers} at a time", flush=True)

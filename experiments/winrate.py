@@ -66,7 +66,7 @@ from common.rewards import Reward, all_scores, user_function
 from common.run import compare_settings, finished, load_run
 from common.settings import changed, parse, require, require_numbers, run_folder, settings
 from common.statistics import mean_se, newton
-from common.training import fingerprint
+from common.training import Device, fingerprint, use_device
 from experiments.samples import show
 from experiments.sweep import STOPPED, PlannedRun, print_commands, run_all, with_sources
 from model import GPT
@@ -122,6 +122,7 @@ class Config:
     workers: int = 0  # Runs side by side; 0 = one for each core, or one on CUDA.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # Number format of matrix products;
     # auto = bfloat16 on CUDA.
+    device: Device = "auto"  # Where it is computed; auto = CUDA where there is one, else the CPU.
     print: bool = False  # Run nothing: print the commands that are still to do, one a line.
 
     def __post_init__(self) -> None:
@@ -552,7 +553,8 @@ def plot(axis, rows: Sequence[dict], x: str, y: str, style: dict) -> None:
 
 def plan(config: Config) -> list[PlannedRun]:
     """A run of every method for every seed: those of the plain commands, where these put them."""
-    shared = dict(dataset=config.dataset, preset=config.preset, dtype=config.dtype, resume=True)
+    shared = dict(dataset=config.dataset, preset=config.preset, dtype=config.dtype,
+                  device=config.device, resume=True)
     planned = []
     for seed in range(config.seeds):
         configs = {"Preferred-FT": sft.Config(**shared, on="chosen", init=config.sft, seed=seed),
@@ -611,6 +613,7 @@ def write_results(config: Config, contests: list[Contest], points: list[Point], 
 def main(config: Config) -> None:
     """Build what is missing, run what is not finished, sample, judge, and write the results."""
     # ---- 1) what can be wrong with the settings shows before hours are spent ---------------------
+    use_device(config.device)
     folder = Path(config.out)
     check_writable(folder)
     own_judge = user_judge(config.judge) if config.judge else None
