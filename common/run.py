@@ -36,6 +36,8 @@ from model import GPT, GPTConfig
 
 # what a shell shows of a process that a signal has ended
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+if hasattr(signal, "SIGBREAK"):  # Windows
+    STATUS[signal.SIGBREAK] = 130
 
 
 # ---- tensors on disk -----------------------------------------------------------------------------

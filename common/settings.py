@@ -225,11 +225,13 @@ def parse(cls: type, description: str, argv: list[str] | None = None) -> Any:
 
 def stop_like_ctrl_c() -> None:
     """SIGTERM, by which a scheduler or a shutdown ends a process, is Ctrl-C: one line, and a
-    checkpoint while training."""
+    checkpoint while training. So is Windows' SIGBREAK, by which a sweep stops its runs."""
     def interrupt(*_: Any) -> NoReturn:
         raise KeyboardInterrupt
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, interrupt)
+    for name in ("SIGTERM", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, interrupt)
 
 
 # ---- checks for Config.__post_init__ -------------------------------------------------------------

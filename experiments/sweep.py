@@ -47,6 +47,7 @@ from common.settings import command, script_of, typed
 from common.training import device
 
 STOPPED = 130  # exit status of a sweep that Ctrl-C has stopped, as a shell shows it
+WINDOWS = sys.platform == "win32"
 
 
 # ---- what is to be run ---------------------------------------------------------------------------
@@ -175,6 +176,10 @@ def run_waiting(waiting: list[PlannedRun], total: int, folder: Path, workers: in
 def start(run: PlannedRun, folder: Path, threads: int) -> subprocess.Popen:
     """The run's command as a process that Ctrl-C on the terminal does not reach: the sweep gets it,
     and passes it on."""
+    if WINDOWS:
+        alone: dict[str, Any] = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+    else:
+        alone = {"start_new_session": True, "preexec_fn": in_the_child}
     output = output_of(run, folder)
     output.parent.mkdir(parents=True, exist_ok=True)
     with open(output, "wb") as file:
@@ -183,9 +188,9 @@ def start(run: PlannedRun, folder: Path, threads: int) -> subprocess.Popen:
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-            start_new_session=True,
-            preexec_fn=in_the_child)
+            # UTF-8: a sample may hold any character, and Windows would write it to a file as cp1252
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONIOENCODING": "utf-8"},
+            **alone)
 
 
 def in_the_child() -> None:
@@ -209,16 +214,17 @@ def check_end(run: PlannedRun, status: int, folder: Path) -> None:
     if status == 0:
         return
     output = output_of(run, folder)
-    text = output.read_text(errors="replace").replace("\r", "\n")  # progress bars write \r
+    text = output.read_text("utf-8", errors="replace").replace("\r", "\n")  # progress bars write \r
     lines = text.strip().splitlines()
     said = short(lines[-1]) if lines else f"exit status {status}"
     fail(f"{typed(run.config)}: {said} (all of it: {output})")
 
 
 def stop(processes: list[subprocess.Popen]) -> None:
-    """Ctrl-C for every run, which then writes its checkpoint; wait until they have ended."""
+    """Ctrl-C for every run, which then writes its checkpoint; wait until they have ended. On
+    Windows it is Ctrl-Break: a process group of its own does not hear Ctrl-C."""
     for process in processes:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.CTRL_BREAK_EVENT if WINDOWS else signal.SIGINT)
     for process in processes:
         try:
             process.wait(timeout=60)

@@ -411,6 +411,24 @@ def test_what_is_finished_comes_back_when_the_sweep_is_stopped(number, stubs, tm
     assert "\nstopped: 1 of 2 runs are finished; the same command goes on with the others\n" in capsys.readouterr().out
 
 
+def test_runs_stop_on_windows_too(stubs, tmp_path, monkeypatch):
+    """There a run is in a process group of its own, and Ctrl-Break stops it. Here SIGUSR1 plays Ctrl-Break, and Popen must be
+    asked for nothing that Windows has not."""
+    (tmp_path / "dpo.py").write_text(STUB.replace("signal.signal(signal.SIGINT", "signal.signal(signal.SIGUSR1"))
+    popen, asked = subprocess.Popen, []
+
+    def windows_popen(command, *, stdin, stdout, stderr, env, creationflags):
+        asked.append(creationflags)
+        return popen(command, stdin=stdin, stdout=stdout, stderr=stderr, env=env)
+    monkeypatch.setattr(sweep, "WINDOWS", True)
+    monkeypatch.setattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0x200, raising=False)
+    monkeypatch.setattr(signal, "CTRL_BREAK_EVENT", signal.SIGUSR1, raising=False)
+    monkeypatch.setattr(subprocess, "Popen", windows_popen)
+    with pytest.raises(SystemExit, match="error: it is broken"):
+        sweep.run_all(stubs(0, 1), tmp_path, 2)
+    assert asked == [0x200, 0x200] and sorted(os.listdir(tmp_path / "runs/0")) == ["began", "stopped"]
+
+
 # ---- a whole sweep ---------------------------------------------------------------------------------------------------
 
 # one tiny run a method; with --checkpoint-every 0 there is a checkpoint whenever it is stopped
