@@ -155,6 +155,7 @@ def test_adamw_decays_matrices_only():
         torch.testing.assert_close(p.detach(), before[name] * (0.95 if decays else 1.0), rtol=0, atol=1e-7)
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="SIGUSR1 plays Ctrl-Break")
 def test_sigbreak_is_ctrl_c_where_there_is_one(monkeypatch):
     """It is Windows' Ctrl-Break; here SIGUSR1 plays it."""
     monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)

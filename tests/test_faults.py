@@ -10,7 +10,6 @@ import json
 import os
 import pickle
 import random
-import resource
 import shutil
 import signal
 import socket
@@ -153,6 +152,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="SIGUSR1 plays Ctrl-Break")
 def test_ctrl_break_is_ctrl_c_where_unix_is_missing(root, work, tmp_path):
     """As on Windows, where a sweep stops its runs with SIGBREAK, and there are no locks and no statvfs: played with SIGUSR1."""
     folder = tmp_path / "run"
@@ -462,6 +462,7 @@ def test_a_failing_write_leaves_the_old_file(where, tmp_path, monkeypatch):
 @pytest.mark.parametrize("room", [700, 5_000, 40_100, 40_900])
 def test_a_disk_that_fills_up_while_torch_saves(room, tmp_path):
     """The real thing, by the limit on the size of a file: torch makes a RuntimeError of it that tells nobody anything."""
+    resource = pytest.importorskip("resource")
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, {"step": 1})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -411,6 +411,7 @@ def test_what_is_finished_comes_back_when_the_sweep_is_stopped(number, stubs, tm
     assert "\nstopped: 1 of 2 runs are finished; the same command goes on with the others\n" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="SIGUSR1 plays Ctrl-Break")
 def test_runs_stop_on_windows_too(stubs, tmp_path, monkeypatch):
     """There a run is in a process group of its own, and Ctrl-Break stops it. Here SIGUSR1 plays Ctrl-Break, and Popen must be
     asked for nothing that Windows has not."""
@@ -617,9 +618,8 @@ sys.exit(sweep.STOPPED if sweep.run_all(runs, folder, 1)[1] else 0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc, and only Linux ends a child with its parent")
-@pytest.mark.parametrize("number, status, left", [(signal.SIGKILL, -signal.SIGKILL, ["began"]),
-                                                  (signal.SIGINT, sweep.STOPPED, ["began", "stopped"])])
-def test_a_sweep_that_is_killed_or_interrupted_leaves_no_run_behind(number, status, left, stubs, tmp_path):
+@pytest.mark.parametrize("name, status, left", [("SIGKILL", -9, ["began"]), ("SIGINT", sweep.STOPPED, ["began", "stopped"])])
+def test_a_sweep_that_is_killed_or_interrupted_leaves_no_run_behind(name, status, left, stubs, tmp_path):
     """As a real process: kill -9, or Ctrl-C, in the middle of its second run. That a run goes on where it was stopped, and a
     sweep with what is finished, is tested above and in test_faults.py."""
     stubs()
@@ -627,7 +627,7 @@ def test_a_sweep_that_is_killed_or_interrupted_leaves_no_run_behind(number, stat
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_for((tmp_path / "runs/0/began").exists, process)
     assert len(processes_of(tmp_path)) == 2
-    process.send_signal(number)
+    process.send_signal(getattr(signal, name))
     _, errors = process.communicate(timeout=60)
     end = time.monotonic() + 5  # the kernel takes a moment
     while processes_of(tmp_path) and time.monotonic() < end:
