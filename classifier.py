@@ -35,8 +35,8 @@ from common.rewards import classifier_logits
 from common.run import Run, check_folder
 from common.settings import parse, require, require_numbers, runs_folder, runs_of, settings
 from common.tokenizer import Tokenizer
-from common.training import (Dtype, Mean, adamw, autocast, batches, check_steps, device, generator,
-                             pad, set_lr, warmup_cosine)
+from common.training import (Device, Dtype, Mean, adamw, autocast, batches, check_steps, device,
+                             generator, pad, set_lr, warmup_cosine, use_device)
 from model import ScalarModel
 
 
@@ -57,6 +57,7 @@ class Config:
     max_grad_norm: float = 1.0  # Norm at which gradients are clipped.
     seed: int = 0  # Seed of the head, of the order of the documents and of their windows.
     dtype: Dtype = "auto"  # Number format of matrix products; auto = bfloat16 on CUDA.
+    device: Device = "auto"  # Where it is computed; auto = CUDA where there is one, else the CPU.
     compile: bool = False  # Use torch.compile on the model.
 
     # ---- the run
@@ -100,6 +101,7 @@ def train(config: Config) -> Path:
     """Train on labelled documents, measure on held-out and on test ones, and return the run
     folder."""
     # ---- 1) labelled documents and the SFT policy ------------------------------------------------
+    use_device(config.device)
     check_folder(config)
     folder = tasks.prepared(config.dataset)
     documents = labelled(folder / "train.jsonl")

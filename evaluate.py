@@ -29,7 +29,7 @@ import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Callable, get_args
 
 import torch
 
@@ -41,6 +41,7 @@ from common.processes import join
 from common.run import Run, check_same_task, load_run
 from common.settings import Parser, stop_like_ctrl_c
 from common.tokenizer import Tokenizer
+from common.training import Device, use_device
 from model import GPT, summed_logprobs
 
 SAMPLES = 4  # responses a prompt of the policy that is evaluated
@@ -457,4 +458,8 @@ if __name__ == "__main__":
     join()
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="+", help="folders of finished runs: sft, dpo, ...")
-    main(parser.parse_args().run)
+    parser.add_argument("--device", choices=get_args(Device), default="auto",
+                        help="where it is computed; auto = CUDA where there is one, else the CPU")
+    given = parser.parse_args()
+    use_device(given.device)
+    main(given.run)

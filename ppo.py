@@ -57,8 +57,8 @@ from common.run import Run
 from common.settings import (parse, require, require_numbers, require_processes, run_folder,
                              settings)
 from common.sharding import shard
-from common.training import (Dtype, Mean, adamw, autocast, batches, check_steps, device, generator,
-                             set_lr, similar_lengths, warn_of_collapse)
+from common.training import (Device, Dtype, Mean, adamw, autocast, batches, check_steps, device,
+                             generator, set_lr, similar_lengths, warn_of_collapse)
 from model import GPT, Samples, ScalarModel, generate, response_logprobs, response_mask
 
 PROMPTS, RESPONSES, ROLLOUT, MINIBATCHES = 1, 2, 3, 4  # random streams of this script
@@ -102,6 +102,7 @@ class Config:
     max_grad_norm: float = 1.0  # Norm at which gradients are clipped, each network by itself.
     seed: int = 0  # Seed of prompts, responses and minibatches.
     dtype: Dtype = "auto"  # Number format of matrix products; auto = bfloat16 on CUDA.
+    device: Device = "auto"  # Where it is computed; auto = CUDA where there is one, else the CPU.
     compile: bool = False  # Use torch.compile on the networks.
     shard: bool = False  # Share the weights, too, between the processes of torchrun (FSDP2).
 
@@ -296,7 +297,7 @@ def train(config: Config) -> Path:
         B = len(rows)
         ended = tokens[torch.arange(B), lengths - 1] == tokenizer.eos  # or it was cut at the block
         # in standard deviations of the reference's scores: beta means the same for every reward
-        scores = ((raw_scores.to(device()) - state["score_mean"]) / state["score_std"]).float()
+        scores = ((raw_scores - state["score_mean"]) / state["score_std"]).float().to(device())
         scores = scores - config.missing_eos_penalty * ~ended
 
         # 3b) log-probabilities under policy and reference, and values, before any update: with the

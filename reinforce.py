@@ -52,8 +52,8 @@ from common.run import Run
 from common.settings import (parse, require, require_numbers, require_processes, run_folder,
                              settings)
 from common.sharding import shard
-from common.training import (Dtype, Mean, adamw, autocast, batches, check_steps, device, generator,
-                             set_lr, similar_lengths, warn_of_collapse)
+from common.training import (Device, Dtype, Mean, adamw, autocast, batches, check_steps, device,
+                             generator, set_lr, similar_lengths, warn_of_collapse)
 from model import GPT, Samples, generate, response_logprobs, response_mask
 
 PROMPTS, RESPONSES, ROLLOUT = 1, 2, 3  # random streams of this script
@@ -85,6 +85,7 @@ class Config:
     max_grad_norm: float = 1.0  # Norm at which gradients are clipped.
     seed: int = 0  # Seed of prompts and responses.
     dtype: Dtype = "auto"  # Number format of matrix products; auto = bfloat16 on CUDA.
+    device: Device = "auto"  # Where it is computed; auto = CUDA where there is one, else the CPU.
     compile: bool = False  # Use torch.compile on the model.
     shard: bool = False  # Share the weights, too, between the processes of torchrun (FSDP2).
 
@@ -183,7 +184,7 @@ def train(config: Config) -> Path:
         B = len(rows)
         of_mine = mine(torch.arange(B, device=device()))  # all rows, if there is one process
         # in standard deviations of the reference's scores: beta means the same for every reward
-        scores = ((raw_scores.to(device()) - state["score_mean"]) / state["score_std"]).float()
+        scores = ((raw_scores - state["score_mean"]) / state["score_std"]).float().to(device())
 
         # 3b) what each response earned: its score, less beta for every nat that it is likelier than
         # under the reference

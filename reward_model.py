@@ -39,8 +39,8 @@ from common.run import Run
 from common.settings import (parse, require, require_numbers, require_processes, run_folder,
                              settings)
 from common.sharding import shard
-from common.training import (Dtype, Mean, adamw, autocast, batches, check_steps, device, half_ties,
-                             set_lr, warmup_cosine)
+from common.training import (Device, Dtype, Mean, adamw, autocast, batches, check_steps, device,
+                             half_ties, set_lr, warmup_cosine)
 from model import ScalarModel
 
 
@@ -66,6 +66,7 @@ class Config:
     max_grad_norm: float = 1.0  # Norm at which gradients are clipped.
     seed: int = 0  # Seed of the initial head and of the order of the pairs.
     dtype: Dtype = "auto"  # Number format of matrix products; auto = bfloat16 on CUDA.
+    device: Device = "auto"  # Where it is computed; auto = CUDA where there is one, else the CPU.
     compile: bool = False  # Use torch.compile on the model.
     shard: bool = False  # Share the weights, too, between the processes of torchrun (FSDP2).
 

@@ -42,8 +42,8 @@ from common.settings import (parse, require, require_numbers, require_processes,
                              settings)
 from common.sharding import shard
 from common.tokenizer import Tokenizer
-from common.training import (Dtype, autocast, batches, check_steps, device, fingerprint, pad,
-                             set_lr, warmup_cosine)
+from common.training import (Device, Dtype, autocast, batches, check_steps, device, fingerprint,
+                             pad, set_lr, warmup_cosine, use_device)
 from model import GPT, GPTConfig, response_logprobs, summed_logprobs
 
 # on average no text has more: what a block has no room for need not be encoded
@@ -78,6 +78,7 @@ class Config:
     max_grad_norm: float = 1.0  # Norm at which gradients are clipped.
     seed: int = 0  # Seed of the initial weights and of the order of the documents.
     dtype: Dtype = "auto"  # Number format of matrix products; auto = bfloat16 on CUDA.
+    device: Device = "auto"  # Where it is computed; auto = CUDA where there is one, else the CPU.
     compile: bool = False  # Use torch.compile on the model.
     shard: bool = False  # Share the weights, too, between the processes of torchrun (FSDP2).
 
@@ -241,6 +242,7 @@ def held_out_loss(model: GPT, rows: Rows, tokenizer: Tokenizer, dtype: str) -> d
 def train(config: Config) -> Path:
     """Train, and return the run folder."""
     # ---- 1) data and model -----------------------------------------------------------------------
+    use_device(config.device)
     check_folder(config)
     # of Preferred-FT: what it learns from, and what it is measured with
     pairs_file, start = config.pairs, None

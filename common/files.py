@@ -118,9 +118,11 @@ def check_writable(folder: str | Path) -> None:
                                       for part in (".", *folder.parts)) > 255:
             raise ValueError("at most 255 bytes, and none of them NUL")
         there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+        # Windows has no statvfs
+        on_read_only_disk = hasattr(os, "statvfs") and os.statvfs(there).f_flag & os.ST_RDONLY
         if not there.is_dir():
             reason = f"{there} is not a folder"
-        elif not os.access(there, os.W_OK | os.X_OK) or os.statvfs(there).f_flag & os.ST_RDONLY:
+        elif on_read_only_disk or not os.access(there, os.W_OK | os.X_OK):
             reason = f"{there} is not writable"
         else:
             return

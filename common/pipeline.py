@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from common import fail, rewards, settings, tasks
+from common import fail, rewards, settings, tasks, training
 from common.files import read_json_object, read_jsonl, read_lines, sha256, write_json, write_jsonl
 from common.pairs import SEED as PAIRS_SEED
 from common.pairs import (Pair, PairTensors, encode_pairs, read_pairs, sample_pairs,
@@ -28,7 +28,7 @@ from common.run import (check_folder, check_same_task, compare_settings, finishe
                         load_tensors, save_tensors)
 from common.settings import runs_of
 from common.tokenizer import Tokenizer
-from common.training import device, fingerprint, generator
+from common.training import device, fingerprint, generator, use_device
 from model import GPT, summed_logprobs
 
 BANK_SEED = 2000
@@ -68,11 +68,12 @@ def start(config: Any, bank: bool = True) -> Start:
     hours of a stage.
 
     Args:
-        config: has dataset, preset, dtype, sft and out; with a field `pairs` the pairs are read (or
-            sampled), with a field `reward` a function of the user's is tried.
+        config: has dataset, preset, dtype, device, sft and out; with a field `pairs` the pairs are
+            read (or sampled), with a field `reward` a function of the user's is tried.
         bank: whether the policy will be evaluated, for which the gold reward and the bank are
             needed.
     """
+    use_device(config.device)
     check_folder(config)
     wants_pairs = hasattr(config, "pairs")
     own = read_pairs(config.pairs) if wants_pairs and config.pairs else []
@@ -114,6 +115,7 @@ def stage(config: Any, name: str = "") -> Path:
     """
     script = settings.script_of(type(config)).stem
     module = importlib.import_module(script)
+    config.device = training.asked_for  # all that this process builds is computed there
     check_folder(config)
     if not finished(config, module.built_from(config)):
         minutes = tasks.load_preset(config.dataset, config.preset).minutes.get(name or script)

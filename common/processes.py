@@ -31,6 +31,7 @@ from common import fail
 
 RANK = int(os.environ.get("RANK", 0))  # number of this process, as torchrun gives it
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # its number on this machine
 _writing = False  # this process is inside of one_writes()
 sharded = False  # --shard: see sharding.py
 
@@ -43,8 +44,8 @@ def join() -> None:
     """Meet the other processes that torchrun has started, if it has."""
     if WORLD == 1 or dist.is_initialized():
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if LOCAL_RANK < torch.cuda.device_count():
+        torch.cuda.set_device(LOCAL_RANK)
     if RANK > 0:
         sys.stdout, sys.stderr = open(os.devnull, "w"), LastWords()
     # gloo for tensors on the CPU, nccl for those on GPUs; the first process may prepare data for

@@ -37,6 +37,8 @@ from model import GPT, GPTConfig
 
 # what a shell shows of a process that a signal has ended
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+if hasattr(signal, "SIGBREAK"):  # Windows
+    STATUS[signal.SIGBREAK] = 130
 
 
 # ---- tensors on disk -----------------------------------------------------------------------------
@@ -121,7 +123,7 @@ def load_checkpoint(path: Path, *needed: str) -> dict | None:
 def describe_machine() -> dict[str, Any]:
     """What a result depends on besides its settings."""
     name = platform.processor() or platform.machine()
-    if torch.cuda.is_available():
+    if device().type == "cuda":
         name = torch.cuda.get_device_name()
     return {
         "torch": torch.__version__,

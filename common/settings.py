@@ -32,8 +32,8 @@ from common import ROOT, fail, processes, tasks
 
 # these change nothing in a result but its rounding: they name no folder, and a run may go on with
 # others
-ROUNDING_ONLY = ("resume", "out", "checkpoint_every", "evaluate_every", "dtype", "compile",
-                 "shard", "micro_batch_size")
+ROUNDING_ONLY = ("resume", "out", "checkpoint_every", "evaluate_every", "dtype", "device",
+                 "compile", "shard", "micro_batch_size")
 
 
 # ---- a dataclass with the defaults of its task ---------------------------------------------------
@@ -229,11 +229,13 @@ def parse(cls: type, description: str, argv: list[str] | None = None) -> Any:
 
 def stop_like_ctrl_c() -> None:
     """SIGTERM, by which a scheduler or a shutdown ends a process, is Ctrl-C: one line, and a
-    checkpoint while training."""
+    checkpoint while training. So is Windows' SIGBREAK, by which a sweep stops its runs."""
     def interrupt(*_: Any) -> NoReturn:
         raise KeyboardInterrupt
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, interrupt)
+    for name in ("SIGTERM", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, interrupt)
 
 
 # ---- checks for Config.__post_init__ -------------------------------------------------------------

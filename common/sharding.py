@@ -18,12 +18,14 @@ from common import processes
 
 def shard(*models: nn.Module) -> None:
     """Leave each process its part of the weights; to be called before the optimizer is made."""
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # takes a second
+    from torch.distributed import init_device_mesh  # importing these takes a second
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     processes.sharded = True
+    mesh = init_device_mesh(next(models[0].parameters()).device.type, (processes.WORLD, ))
     for model in models:
         for block in getattr(model, "gpt", model).h:
-            fully_shard(block)
-        fully_shard(model)
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
         for name in ("hidden", "score"):  # what is called besides forward
             if hasattr(model, name):
                 register_fsdp_forward_method(model, name)

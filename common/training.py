@@ -23,10 +23,12 @@ import torch  # noqa: E402  (after mallopt)
 from tqdm import tqdm  # noqa: E402
 
 from common import fail  # noqa: E402
-from common.processes import share  # noqa: E402
+from common.processes import LOCAL_RANK, WORLD, share  # noqa: E402
 
 
 Dtype = Literal["auto", "float32", "bfloat16"]  # of matrix products; weights are fp32
+Device = Literal["auto", "cpu", "cuda", "mps"]
+asked_for: Device = "auto"  # by --device
 
 
 # ---- numbers and random streams ------------------------------------------------------------------
@@ -41,12 +43,28 @@ def fingerprint(state: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
+def use_device(name: Device) -> None:
+    """What --device says, for this process and for all that it builds. Stops if it is not there."""
+    global asked_for
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if name in there and not there[name]():
+        fail(f"--device {name}: torch {torch.__version__} finds none on this machine")
+    asked_for = name
+    if WORLD > 1 and device().type == "cuda" and LOCAL_RANK >= torch.cuda.device_count():
+        fail(f"more processes on this machine than its {torch.cuda.device_count()} GPUs; "
+             "--device cpu needs none")
+
+
 def device() -> torch.device:
+    """The one that was asked for; auto is CUDA where there is one, else the CPU. An Apple GPU (mps)
+    is used only if it is asked for: all of this was written for it, and never run on it."""
+    if asked_for != "auto":
+        return torch.device(asked_for)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def autocast(dtype: str) -> torch.autocast:
-    """bf16 autocast where asked for; 'auto' means bf16 on CUDA and fp32 on a CPU. No fp16, so no
+    """bf16 autocast where asked for; 'auto' means bf16 on CUDA and fp32 elsewhere. No fp16, so no
     GradScaler."""
     kind = device().type
     return torch.autocast(kind,

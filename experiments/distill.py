@@ -48,7 +48,8 @@ from common.files import check_writable, write_jsonl  # noqa: E402
 from common.settings import (  # noqa: E402
     parse, require, require_numbers, run_folder, settings)
 from common.statistics import mean_se  # noqa: E402
-from common.training import device, generator, set_lr, warmup_cosine  # noqa: E402
+from common.training import (  # noqa: E402
+    Device, device, generator, set_lr, use_device, warmup_cosine)
 from model import GPT, GPTConfig, Samples, generate, response_mask  # noqa: E402
 
 METHODS = ("cloning", "on-policy")
@@ -73,6 +74,7 @@ class Config:
     # ---- the experiment
     seeds: int = 3  # Students of each method, over which standard errors are computed.
     seed: int = 0  # First seed: of the initial weights and of the samples.
+    device: Device = "auto"  # Where it is computed; auto = CUDA where there is one, else the CPU.
     out: str = ""  # Folder for rows and figure, if not distill, with the settings that are no
     # defaults, beside the teacher.
 
@@ -178,7 +180,7 @@ def kl_by_position(student: GPT, teacher: GPT, samples: Samples) -> tuple[np.nda
         log_q = F.log_softmax(response_logits(teacher, part), 1)
         kl = (log_p.exp() * (log_p - log_q)).sum(1)  # (N,)
         _, position = response_mask(part.prompt_lengths, part.lengths).nonzero(as_tuple=True)
-        total.index_add_(0, position.cpu(), kl.double().cpu())
+        total.index_add_(0, position.cpu(), kl.cpu().double())
     count = mask.sum(0)
     return (total / count).numpy(), (count / len(mask)).numpy()
 
@@ -241,6 +243,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
 def main(config: Config) -> None:
     """Train all students, measure them, write the rows and the figure, and print the table."""
+    use_device(config.device)
     folder = Path(config.out)
     check_writable(folder)
     teacher = pipeline.sft_policy(config.sft, config.dataset, config.preset)

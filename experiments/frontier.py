@@ -8,7 +8,7 @@
 
 (Times are for 2 cores, from nothing.) Every run is a plain command, which is printed as it starts.
 Stop it whenever you like: Ctrl-C leaves table and figure of what is finished, and the same command
-goes on from there.
+goes on from there. --print lists what is still to do, for several machines (experiments/sweep.py).
 
 Every policy is evaluated along its training, on held-out prompts. A run's evaluations, joined by
 lines, are its *path*. A method's reward at a given KL is read from the path of every run, where the
@@ -37,6 +37,7 @@ import math
 import re
 import statistics
 from collections import Counter
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from types import ModuleType
@@ -54,7 +55,9 @@ from common.run import check_folder
 from common.settings import (ROUNDING_ONLY, changed, defaults_of, parse, require, require_numbers,
                              run_folder, runs_folder, runs_of, script_of, settings)
 from common.statistics import mean_se
-from experiments.sweep import STOPPED, PlannedRun, finished_log, run_all, with_sources
+from common.training import Device, use_device
+from experiments.sweep import (STOPPED, PlannedRun, finished_log, print_commands, run_all,
+                               with_sources)
 
 KLS = (1.0, 2.0, 4.0, 8.0)  # nats at which the table reads every method
 
@@ -75,12 +78,16 @@ class Config:
     workers: int = 0  # Runs at a time; 0 = one for each core, or one on CUDA.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # Number format of matrix products;
     # auto = bfloat16 on CUDA.
+    device: Device = "auto"  # Where it is computed; auto = CUDA where there is one, else the CPU.
+    print: bool = False  # Run nothing: print the commands that are still to do, one a line.
     out: str = ""  # Folder of the sweep, if not frontier beside the SFT policy.
 
     def __post_init__(self) -> None:
         require_numbers(self, above_0="seeds", from_0="workers")
         require(not self.quick or "seeds" not in changed(self),
                 "--seeds: not with --quick, which runs one seed")
+        require(not self.print or "workers" not in changed(self),
+                "--workers: not with --print, which runs nothing")
         base = runs_of(self.sft) if self.sft else runs_folder(self.dataset, self.preset)
         name = "frontier" if self.grid == "paper" else f"frontier-{self.grid}"
         self.out = self.out or str(base / (f"{name}-quick" if self.quick else name))
@@ -184,7 +191,8 @@ def plan_run(config: Config, name: str, own: dict[str, float], seed: int) -> Pla
     policy = dict(init=config.sft) if method.script is sft else dict(sft=config.sft)
     every = preset.evaluate_every[script_of(script).stem]
     run = script(**{"dataset": config.dataset, "preset": config.preset, "dtype": config.dtype,
-                    "evaluate_every": every, **policy, **values, "seed": seed, "resume": True})
+                    "device": config.device, "evaluate_every": every, **policy, **values,
+                    "seed": seed, "resume": True})
     setting = {key: value for key, value in own.items() if key != "lr_factor"}
     if lr_factor:
         run.lr *= lr_factor
@@ -554,11 +562,10 @@ def draw_learning_rates(axis, rates: dict[float, dict[float, float]]) -> None:
 
 # ---- main ----------------------------------------------------------------------------------------
 
-def main(config: Config) -> None:
-    """Build what is missing, run what is not finished, and write rows, table and figure."""
-    # ---- 1) what all runs share; mistakes are named before any of it is built --------------------
-    folder = Path(config.out)
-    check_writable(folder)
+def build(config: Config) -> tuple[evaluate.Bank, list[PlannedRun]]:
+    """What all runs share, and the runs; mistakes are named before any of it is built."""
+    use_device(config.device)
+    check_writable(config.out)
     planned = plan(config)
     for run in planned:
         check_folder(run.config)
@@ -566,9 +573,19 @@ def main(config: Config) -> None:
     start = pipeline.load(sft_folder, config.dataset, config.preset, config.dtype)
     start.gold = pipeline.gold_reward(start)
     bank = pipeline.sample_bank(start)
-    planned = with_sources(planned, start)
+    return bank, with_sources(planned, start)
+
+
+def main(config: Config) -> None:
+    """Build what is missing, run what is not finished, and write rows, table and figure."""
+    # ---- 1) what all runs share; with --print, stdout is for the commands alone ------------------
+    with redirect_stdout(sys.stderr if config.print else sys.stdout):
+        bank, planned = build(config)
+    if config.print:
+        return print_commands(planned)
 
     # ---- 2) the runs -----------------------------------------------------------------------------
+    folder = Path(config.out)
     runs, stopped = run_all(planned, folder, config.workers)
     if not runs:
         sys.exit(STOPPED)

@@ -8,10 +8,11 @@ accuracy, is known.
     python experiments/scaling.py --pairs FILE --test FILE --dataset tldr      # human comparisons
 
 Every model starts from an SFT policy of its own size, and is a plain `python reward_model.py ...`
-that experiments/sweep.py runs. All are judged by the same held-out pairs, of whose prompts no model
-has seen any. A set of pairs has whole prompts, which each seed draws anew; within a seed the larger
-set begins with the smaller one. (Of each set reward_model.py keeps a twentieth to itself.) Small
-sets are passed over several times: --min-steps.
+that experiments/sweep.py runs (--print lists what is still to do, for several machines). All are
+judged by the same held-out pairs, of whose prompts no model has seen any. A set of pairs has whole
+prompts, which each seed draws anew; within a seed the larger set begins with the smaller one. (Of
+each set reward_model.py keeps a twentieth to itself.) Small sets are passed over several times:
+--min-steps.
 
 Accuracy is how often the chosen response has the higher score; equal scores count half. It is
 measured twice. Against the labels, which are noisy: the true reward's own accuracy there is the
@@ -39,6 +40,7 @@ import common  # noqa: F401  first, so that Ctrl-C while torch is imported is on
 
 import math
 import re
+from contextlib import redirect_stdout
 from typing import Any, Literal
 
 import numpy as np
@@ -56,8 +58,8 @@ from common.run import compare_settings, load_run
 from common.settings import changed, parse, require, require_numbers, run_folder, runs_of, settings
 from common.statistics import mean_se
 from common.tokenizer import Tokenizer
-from common.training import generator, half_ties
-from experiments.sweep import STOPPED, PlannedRun, run_all
+from common.training import Device, generator, half_ties, use_device
+from experiments.sweep import STOPPED, PlannedRun, print_commands, run_all
 from model import ScalarModel
 
 PEOPLE = (0.73, 0.77)  # how often two people prefer the same summary (Stiennon et al., section 3.3)
@@ -90,12 +92,14 @@ class Config:
     block_size: int = 0  # Tokens of prompt and response; 0 = as many as the SFT policy has.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # Number format of matrix products;
     # auto = bfloat16 on CUDA.
+    device: Device = "auto"  # Where it is computed; auto = CUDA where there is one, else the CPU.
 
     # ---- the runs
     sft: str = ""  # Run folder of the SFT policy, if not runs/<dataset>/sft.
     out: str = ""  # Folder of sets, runs and results, if not scaling with the settings that are no
     # defaults.
     workers: int = 0  # Runs side by side; 0 = one for each core, or one on CUDA.
+    print: bool = False  # Run nothing: print the commands that are still to do, one a line.
 
     def __post_init__(self) -> None:
         require_numbers(self, above_0="prompts held_out epochs lr seeds",
@@ -108,12 +112,13 @@ class Config:
                 f"--sizes {self.sizes}: expected layers x channels, 1x32,2x128")
         # a flag that would be ignored is refused
         for other, ignored in (("pairs", ["prompts"]), ("test", ["held_out"]),
+                               ("print", ["workers"]),
                                ("quick", ["prompts", "counts", "sizes", "seeds"])):
             for name in ignored if getattr(self, other) else []:
                 flag = "--" + name.replace("_", "-")
                 require(name not in changed(self), f"{flag}: not with --{other}")
         self.out = self.out or run_folder(self, "scaling",
-                                          never=("workers", "counts", "sizes", "seeds"))
+                                          never=("workers", "print", "counts", "sizes", "seeds"))
         if self.quick:  # after the folder has its name: that is made of what was typed
             sizes = self.sizes.split(",")
             self.prompts = 0  # as many as the task says
@@ -270,7 +275,8 @@ def plan(config: Config, policies: dict[str, Path],
             run = reward_model.Config(
                 dataset=config.dataset, preset=config.preset, pairs=str(path), sft=str(policy),
                 seed=seed, lr=config.lr, block_size=config.block_size, dtype=config.dtype,
-                resume=True, out=str(Path(config.out) / f"{size}-{count}-seed{seed}"))
+                device=config.device, resume=True,
+                out=str(Path(config.out) / f"{size}-{count}-seed{seed}"))
             steps_per_epoch = max(1, pairs // run.batch_size)
             run.epochs = max(config.epochs, config.min_steps / steps_per_epoch)
             planned.append(PlannedRun(size, str(count), seed, run))
@@ -421,9 +427,14 @@ def write_sets(config: Config, pool: list[Pairs]) -> dict[tuple[int, int], tuple
     return sets
 
 
-def main(config: Config) -> None:
-    """Build what is missing, run what is not finished, and write rows, table and figure."""
+def build(config: Config) -> tuple[list[PlannedRun], list[Pairs], str]:
+    """What all runs share, built if it is missing, and the runs.
+
+    Returns:
+        the runs; the held-out pairs of each prompt; the file that these stand in.
+    """
     # ---- 1) what can be wrong with the settings shows before hours are spent ---------------------
+    use_device(config.device)
     folder = Path(config.out)
     check_writable(folder)
     rows = read_pairs(config.pairs) if config.pairs else []
@@ -441,7 +452,7 @@ def main(config: Config) -> None:
     path = config.pairs
     if not path:
         start.gold = pipeline.gold_reward(start)
-        path = pipeline.sampled_pairs(start, tasks.load(config.dataset).labels, config.prompts)
+        path = str(pipeline.sampled_pairs(start, tasks.load(config.dataset).labels, config.prompts))
         rows = read_pairs(path)
     pool, held = hold_out(rows, config.held_out, test)
     if not pool or not held:
@@ -458,16 +469,29 @@ def main(config: Config) -> None:
     print(f"{sum(map(len, pool)):,} pairs of {len(pool):,} prompts to train on, "
           f"{sum(map(len, held)):,} pairs of {len(held):,} held out")
 
-    # ---- 3) the runs -----------------------------------------------------------------------------
+    # ---- 3) what is to be run --------------------------------------------------------------------
     policies = {size: make_policy(config, start, size) for size in sizes}
     planned = plan(config, policies, write_sets(config, pool))
     planned = [run._replace(built_from=reward_model.built_from(run.config)) for run in planned]
+    return planned, held, config.test or path
+
+
+def main(config: Config) -> None:
+    """Build what is missing, run what is not finished, and write rows, table and figure."""
+    # ---- 1) what all runs share; with --print, stdout is for the commands alone ------------------
+    with redirect_stdout(sys.stderr if config.print else sys.stdout):
+        planned, held, held_file = build(config)
+    if config.print:
+        return print_commands(planned)
+
+    # ---- 2) the runs -----------------------------------------------------------------------------
+    folder = Path(config.out)
     finished, stopped = run_all(planned, folder, config.workers)
     if not finished:
         sys.exit(STOPPED)
 
-    # ---- 4) all files first, then the screen -----------------------------------------------------
-    results = [result(run, held, config.test or path) for run in finished]
+    # ---- 3) all files first, then the screen -----------------------------------------------------
+    results = [result(run, held, held_file) for run in finished]
     text = markdown(results)
     write_jsonl(folder / "results.jsonl", results)
     atomic_write(folder / "table.md", text.encode())

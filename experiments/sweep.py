@@ -1,4 +1,4 @@
-"""Run many commands of this repository, a few at a time, and go on with them after any stop.
+r"""Run many commands of this repository, a few at a time, and go on with them after any stop.
 
     planned = with_sources(planned, start)
     done, stopped = run_all(planned, folder)    # python dpo.py --beta 0.1, python ppo.py, ...
@@ -12,6 +12,15 @@ the sweep by name before anything is run.
 
 Ctrl-C (or SIGTERM) lets every run write its checkpoint. What is finished by then comes back, so
 that a script can make its table and figure of that, and end with exit status STOPPED.
+
+Several machines that share a disk: --print lists the runs that are still to do as commands, one a
+line, once all that they share is built. Run them in any order, from the same folder; the next start
+of the experiment finds them finished, and makes its table. Here on 8 cores of one machine; a SLURM
+array takes a line a task.
+
+    python experiments/frontier.py --print > runs.txt
+    OMP_NUM_THREADS=1 xargs -d '\n' -P 8 -n 1 sh -c < runs.txt
+    python experiments/frontier.py
 """
 from __future__ import annotations
 
@@ -19,6 +28,7 @@ import ctypes
 import dataclasses
 import importlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -32,11 +42,13 @@ import dpo
 import sft
 from common import ROOT, fail, pipeline, short, tasks
 from common.files import sha256
+from common.processes import WORLD
 from common.run import finished, read_log
 from common.settings import command, script_of, typed
 from common.training import device
 
 STOPPED = 130  # exit status of a sweep that Ctrl-C has stopped, as a shell shows it
+WINDOWS = sys.platform == "win32"
 
 
 # ---- what is to be run ---------------------------------------------------------------------------
@@ -96,6 +108,20 @@ def sources(config: Any, start: pipeline.Start) -> dict[str, str]:
     return importlib.import_module(script_of(type(config)).stem).built_from(start, reward)
 
 
+def print_commands(planned: list[PlannedRun]) -> None:
+    """What is not finished, as lines for a shell; nothing else goes to stdout."""
+    waiting = [run for run in planned if not is_finished(run)]
+    print(f"{len(planned)} runs, {len(planned) - len(waiting)} of them finished", file=sys.stderr)
+    for run in waiting:
+        print(shlex.join(words(run)))
+
+
+def words(run: PlannedRun) -> list[str]:
+    """The words of the run's whole command: Python, script, every flag."""
+    script, *flags = command(run.config)
+    return [sys.executable, str(ROOT / script), *flags]
+
+
 # ---- running -------------------------------------------------------------------------------------
 
 def run_all(planned: list[PlannedRun], folder: Path,
@@ -104,14 +130,16 @@ def run_all(planned: list[PlannedRun], folder: Path,
 
     Args:
         folder: of the sweep. What the runs print goes to its folder output/.
-        workers: runs at a time; 0 = one for each core, or one on CUDA.
+        workers: runs at a time; 0 = one for each core, or one on a GPU.
     Returns:
         The runs that are finished, in the order planned; and whether the sweep was stopped.
     Raises:
         SystemExit where a run has failed, with its command and the last line that it printed.
     """
+    if WORLD > 1:
+        fail("a sweep starts processes by itself, one for each core: start it without torchrun")
     if not workers:
-        workers = 1 if device().type == "cuda" else os.cpu_count() or 1
+        workers = os.cpu_count() or 1 if device().type == "cpu" else 1
     waiting = [run for run in planned if not is_finished(run)]
     print(f"{len(planned)} runs, {len(planned) - len(waiting)} of them finished; "
           f"{workers} at a time", flush=True)
@@ -151,18 +179,21 @@ def run_waiting(waiting: list[PlannedRun], total: int, folder: Path, workers: in
 def start(run: PlannedRun, folder: Path, threads: int) -> subprocess.Popen:
     """The run's command as a process that Ctrl-C on the terminal does not reach: the sweep gets it,
     and passes it on."""
-    script, *flags = command(run.config)
+    if WINDOWS:
+        alone: dict[str, Any] = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+    else:
+        alone = {"start_new_session": True, "preexec_fn": in_the_child}
     output = output_of(run, folder)
     output.parent.mkdir(parents=True, exist_ok=True)
     with open(output, "wb") as file:
         return subprocess.Popen(
-            [sys.executable, ROOT / script, *flags],
+            words(run),
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-            start_new_session=True,
-            preexec_fn=in_the_child)
+            # UTF-8: a sample may hold any character, and Windows would write it to a file as cp1252
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONIOENCODING": "utf-8"},
+            **alone)
 
 
 def in_the_child() -> None:
@@ -186,16 +217,17 @@ def check_end(run: PlannedRun, status: int, folder: Path) -> None:
     if status == 0:
         return
     output = output_of(run, folder)
-    text = output.read_text(errors="replace").replace("\r", "\n")  # progress bars write \r
+    text = output.read_text("utf-8", errors="replace").replace("\r", "\n")  # progress bars write \r
     lines = text.strip().splitlines()
     said = short(lines[-1]) if lines else f"exit status {status}"
     fail(f"{typed(run.config)}: {said} (all of it: {output})")
 
 
 def stop(processes: list[subprocess.Popen]) -> None:
-    """Ctrl-C for every run, which then writes its checkpoint; wait until they have ended."""
+    """Ctrl-C for every run, which then writes its checkpoint; wait until they have ended. On
+    Windows it is Ctrl-Break: a process group of its own does not hear Ctrl-C."""
     for process in processes:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.CTRL_BREAK_EVENT if WINDOWS else signal.SIGINT)
     for process in processes:
         try:
             process.wait(timeout=60)

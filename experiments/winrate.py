@@ -6,6 +6,8 @@ of the DPO paper (Rafailov et al. 2023), and its table on texts of another kind.
     python experiments/winrate.py --quick         # one seed, fewer prompts and temperatures
     python experiments/winrate.py --dataset tldr  # real posts, and news articles, which the
                                                   # policies were not trained on
+    python experiments/winrate.py --print         # the runs that are still to do, as commands for
+                                                  # several machines (experiments/sweep.py)
     python experiments/winrate.py --judge FILE.py:function       # your judge: function(prompts,
                                                   # first, second) gives P(first is the better one)
 
@@ -45,6 +47,7 @@ import common  # noqa: F401  first, so that Ctrl-C while torch is imported is on
 import hashlib
 import json
 import math
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Callable, Iterator, Literal, NamedTuple, Sequence
 
@@ -63,9 +66,9 @@ from common.rewards import Reward, all_scores, user_function
 from common.run import compare_settings, finished, load_run
 from common.settings import changed, parse, require, require_numbers, run_folder, settings
 from common.statistics import mean_se, newton
-from common.training import fingerprint
+from common.training import Device, fingerprint, use_device
 from experiments.samples import show
-from experiments.sweep import STOPPED, PlannedRun, run_all, with_sources
+from experiments.sweep import STOPPED, PlannedRun, print_commands, run_all, with_sources
 from model import GPT
 
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -119,6 +122,8 @@ class Config:
     workers: int = 0  # Runs side by side; 0 = one for each core, or one on CUDA.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # Number format of matrix products;
     # auto = bfloat16 on CUDA.
+    device: Device = "auto"  # Where it is computed; auto = CUDA where there is one, else the CPU.
+    print: bool = False  # Run nothing: print the commands that are still to do, one a line.
 
     def __post_init__(self) -> None:
         require_numbers(self, above_0="prompts best_of seeds", from_0="workers")
@@ -127,7 +132,9 @@ class Config:
             for name in ("prompts", "best_of", "seeds"):
                 flag = "--" + name.replace("_", "-")
                 require(name not in changed(self), f"{flag}: not with --quick, which says how many")
-        self.out = self.out or run_folder(self, "winrate", never=("workers",))
+        require(not self.print or "workers" not in changed(self),
+                "--workers: not with --print, which runs nothing")
+        self.out = self.out or run_folder(self, "winrate", never=("workers", "print"))
         if self.quick:  # after the folder has its name: that is made of what was typed
             self.seeds = 1
             self.prompts = min(64, self.prompts)
@@ -546,7 +553,8 @@ def plot(axis, rows: Sequence[dict], x: str, y: str, style: dict) -> None:
 
 def plan(config: Config) -> list[PlannedRun]:
     """A run of every method for every seed: those of the plain commands, where these put them."""
-    shared = dict(dataset=config.dataset, preset=config.preset, dtype=config.dtype, resume=True)
+    shared = dict(dataset=config.dataset, preset=config.preset, dtype=config.dtype,
+                  device=config.device, resume=True)
     planned = []
     for seed in range(config.seeds):
         configs = {"Preferred-FT": sft.Config(**shared, on="chosen", init=config.sft, seed=seed),
@@ -605,10 +613,14 @@ def write_results(config: Config, contests: list[Contest], points: list[Point], 
 def main(config: Config) -> None:
     """Build what is missing, run what is not finished, sample, judge, and write the results."""
     # ---- 1) what can be wrong with the settings shows before hours are spent ---------------------
+    use_device(config.device)
     folder = Path(config.out)
     check_writable(folder)
     own_judge = user_judge(config.judge) if config.judge else None
-    sets = prompt_sets(config)
+    # with --print, stdout is for the commands alone
+    messages = sys.stderr if config.print else sys.stdout
+    with redirect_stdout(messages):
+        sets = prompt_sets(config)
     if own_judge:
         references = sets[0].references[:2]
         wins(own_judge, sets[0].prompts[:2], references, references[::-1])
@@ -621,13 +633,17 @@ def main(config: Config) -> None:
         finished(run.config)  # one of other settings stops here, by name
 
     # ---- 2) what all runs share, and the runs ----------------------------------------------------
-    start, reward = build(config)
-    built_from = {"policy": start.policy_id, "gold": start.gold.id, "reward_model": reward.id}
-    if config.judge:
-        built_from["judge"] = sha256(config.judge.rpartition(":")[0])
-    compare_settings(folder, made_of, built_from, advice)
-    write_json(folder / "config.json", {**made_of, "built_from": built_from})
-    _, stopped = run_all(with_sources(planned, start), folder, config.workers)
+    with redirect_stdout(messages):
+        start, reward = build(config)
+        built_from = {"policy": start.policy_id, "gold": start.gold.id, "reward_model": reward.id}
+        if config.judge:
+            built_from["judge"] = sha256(config.judge.rpartition(":")[0])
+        compare_settings(folder, made_of, built_from, advice)
+        write_json(folder / "config.json", {**made_of, "built_from": built_from})
+        planned = with_sources(planned, start)
+    if config.print:
+        return print_commands(planned)
+    _, stopped = run_all(planned, folder, config.workers)
     if stopped:  # what follows would take longer than anybody waits after Ctrl-C
         sys.exit(STOPPED)
 

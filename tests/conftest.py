@@ -28,7 +28,7 @@ runpy.run_path(str(OFFLINE / "sitecustomize.py"))
 
 import data.reviews  # noqa: E402  (after the path is set)
 import sft  # noqa: E402
-from common import tasks  # noqa: E402
+from common import tasks, training  # noqa: E402
 from common.files import write_jsonl  # noqa: E402
 from common.tokenizer import train_bpe  # noqa: E402
 from data.reviews.grammar import gold_reward, sample_review  # noqa: E402
@@ -41,6 +41,12 @@ def signals():
     background ignores SIGINT, and a training that a test has broken off leaves its own handlers."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True)
+def any_device(monkeypatch):
+    """--device of one test is not that of the next."""
+    monkeypatch.setattr(training, "asked_for", "auto")
 
 
 # ---- tiny models -----------------------------------------------------------------------------------------------------

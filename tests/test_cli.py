@@ -11,7 +11,6 @@ import inspect
 import json
 import os
 import re
-import resource
 import runpy
 import shutil
 import subprocess
@@ -510,6 +509,8 @@ def test_a_reward_model_that_cannot_be_used(run, expected, refused):
 def test_a_real_process_says_one_line_and_exits_1_at_once(root, tmp_path):
     """As a shell sees it: nothing on stdout, one line on stderr, status 1; and nearly all of its processor time is the
     import of torch, so it is compared with that."""
+    resource = pytest.importorskip("resource")
+
     def processor_time() -> float:
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         return used.ru_utime + used.ru_stime

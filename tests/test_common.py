@@ -4,6 +4,7 @@ import inspect
 import itertools
 import math
 import re
+import signal
 import time
 import tokenize
 from io import StringIO
@@ -152,6 +153,18 @@ def test_adamw_decays_matrices_only():
     for name, p in model.named_parameters():
         decays = name == "wte.weight" or (name.startswith("h.") and name.endswith("weight") and ".ln_" not in name)
         torch.testing.assert_close(p.detach(), before[name] * (0.95 if decays else 1.0), rtol=0, atol=1e-7)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="SIGUSR1 plays Ctrl-Break")
+def test_sigbreak_is_ctrl_c_where_there_is_one(monkeypatch):
+    """It is Windows' Ctrl-Break; here SIGUSR1 plays it."""
+    monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)
+    try:
+        settings.stop_like_ctrl_c()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
 
 def test_autocast_is_off_on_a_cpu_unless_asked_for():

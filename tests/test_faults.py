@@ -10,7 +10,6 @@ import json
 import os
 import pickle
 import random
-import resource
 import shutil
 import signal
 import socket
@@ -140,6 +139,34 @@ def test_ctrl_c_saves_and_says_how_to_go_on(stage, number, status, root, work, t
     assert said[0] == f"stopped after step {done}; go on with --resume" and done > last_step(folder)
     assert run(root, tmp_path, stage, *command, "--resume") == 0
     assert same_weights(folder, work / "runs/reviews" / stage) and log(folder) == log(work / "runs/reviews" / stage)
+
+
+LIKE_WINDOWS = """
+import os, runpy, signal, sys
+signal.SIGBREAK = signal.SIGUSR1
+sys.modules["fcntl"] = None
+del os.statvfs, os.ST_RDONLY
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="SIGUSR1 plays Ctrl-Break")
+def test_ctrl_break_is_ctrl_c_where_unix_is_missing(root, work, tmp_path):
+    """As on Windows, where a sweep stops its runs with SIGBREAK, and there are no locks and no statvfs: played with SIGUSR1."""
+    folder = tmp_path / "run"
+    command = [*arguments("dpo", work), "--out", folder]
+    program = [sys.executable, "-c", LIKE_WINDOWS, root / "dpo.py", *map(str, command), "--checkpoint-every", "3600"]
+    process = subprocess.Popen(program, cwd=tmp_path, env=clone.environment(), text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    wait_for(lambda: last_step(folder) >= 3, process)
+    process.send_signal(signal.SIGUSR1)
+    _, errors = process.communicate(timeout=60)
+    said = messages(errors)
+    assert process.returncode == 130 and len(said) == 1 and said[0].startswith("stopped after step"), errors
+    assert run(root, tmp_path, "dpo", *command, "--resume") == 0
+    assert same_weights(folder, work / "runs/reviews/dpo") and log(folder) == log(work / "runs/reviews/dpo")
 
 
 def test_a_run_that_is_stopped_while_it_is_evaluated_goes_on_there(root, work, tmp_path):
@@ -435,6 +462,7 @@ def test_a_failing_write_leaves_the_old_file(where, tmp_path, monkeypatch):
 @pytest.mark.parametrize("room", [700, 5_000, 40_100, 40_900])
 def test_a_disk_that_fills_up_while_torch_saves(room, tmp_path):
     """The real thing, by the limit on the size of a file: torch makes a RuntimeError of it that tells nobody anything."""
+    resource = pytest.importorskip("resource")
     path = tmp_path / "checkpoint.pt"
     save_checkpoint(path, {"step": 1})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

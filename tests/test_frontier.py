@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -311,6 +312,7 @@ def test_every_method_starts_from_the_policy_that_is_named():
     ("--quick --seeds 2", "--seeds: not with --quick, which runs one seed"),
     ("--seeds 0", "--seeds 0: must be > 0"), ("--workers -1", "--workers -1: must be >= 0"),
     ("--dataset nope", "--dataset nope: there is no data/nope"),
+    ("--print --workers 2", "--workers: not with --print, which runs nothing"),
     ("--preset gpu", "--preset gpu: data/reviews has no such preset"),
     ("--out afile/output", "afile/output: cannot be written (")])
 def test_a_mistake_is_one_line_before_anything_is_built(flags, line, root, tmp_path):
@@ -409,6 +411,25 @@ def test_what_is_finished_comes_back_when_the_sweep_is_stopped(number, stubs, tm
     assert "\nstopped: 1 of 2 runs are finished; the same command goes on with the others\n" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="SIGUSR1 plays Ctrl-Break")
+def test_runs_stop_on_windows_too(stubs, tmp_path, monkeypatch):
+    """There a run is in a process group of its own, and Ctrl-Break stops it. Here SIGUSR1 plays Ctrl-Break, and Popen must be
+    asked for nothing that Windows has not."""
+    (tmp_path / "dpo.py").write_text(STUB.replace("signal.signal(signal.SIGINT", "signal.signal(signal.SIGUSR1"))
+    popen, asked = subprocess.Popen, []
+
+    def windows_popen(command, *, stdin, stdout, stderr, env, creationflags):
+        asked.append(creationflags)
+        return popen(command, stdin=stdin, stdout=stdout, stderr=stderr, env=env)
+    monkeypatch.setattr(sweep, "WINDOWS", True)
+    monkeypatch.setattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0x200, raising=False)
+    monkeypatch.setattr(signal, "CTRL_BREAK_EVENT", signal.SIGUSR1, raising=False)
+    monkeypatch.setattr(subprocess, "Popen", windows_popen)
+    with pytest.raises(SystemExit, match="error: it is broken"):
+        sweep.run_all(stubs(0, 1), tmp_path, 2)
+    assert asked == [0x200, 0x200] and sorted(os.listdir(tmp_path / "runs/0")) == ["began", "stopped"]
+
+
 # ---- a whole sweep ---------------------------------------------------------------------------------------------------
 
 # one tiny run a method; with --checkpoint-every 0 there is a checkpoint whenever it is stopped
@@ -436,7 +457,7 @@ def nothing(*_, **__):
     pytest.fail("a run was started")
 
 
-def run_sweep(root: Path, cwd: Path, popen=Here, small=SMALL) -> int | str | None:
+def run_sweep(root: Path, cwd: Path, popen=Here, small=SMALL, arguments=ARGUMENTS) -> int | str | None:
     """A sweep of these methods in this process; 0, or the message that it stops with."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep, "ROOT", root)
@@ -444,7 +465,7 @@ def run_sweep(root: Path, cwd: Path, popen=Here, small=SMALL) -> int | str | Non
         patch.setattr(time, "sleep", lambda _: None)
         patch.setitem(frontier.GRIDS, "paper", {name: Method(getattr(frontier, script), [own], [own])
                                                 for name, (script, own) in small.items()})
-        return clone.run_here(root, cwd, "experiments/frontier", *ARGUMENTS)
+        return clone.run_here(root, cwd, "experiments/frontier", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -495,6 +516,33 @@ def test_what_is_finished_is_not_run_again(root, alone):
     before, rows, text = rest(), results(alone), (alone / SWEPT / "table.md").read_bytes()
     assert run_sweep(root, alone, popen=nothing) == 0
     assert (rest(), results(alone), (alone / SWEPT / "table.md").read_bytes()) == (before, rows, text)
+
+
+def test_the_printed_commands_make_what_the_sweep_makes(root, alone, tmp_path, capsys):
+    """From an SFT policy alone: pairs, bank and reward model are built, and stdout has a command for each run and nothing else.
+    One by one, in any order, these end with the rows of the sweep; what is finished is not printed again."""
+    shutil.copytree(alone / "runs/reviews/sft", tmp_path / "runs/reviews/sft")
+    arguments = [*ARGUMENTS[:-2], "--print"]
+
+    def printed() -> list[list[str]]:
+        capsys.readouterr()
+        assert run_sweep(root, tmp_path, popen=nothing, arguments=arguments) == 0
+        return [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+
+    def execute(python, script, *flags):
+        assert (python, Path(script).parent) == (sys.executable, root)
+        assert clone.run_here(root, tmp_path, Path(script).stem, *flags) == 0
+
+    commands = printed()
+    assert len(commands) == len(SMALL) and {"--out", "--resume"} < set(commands[0])
+    shared = {name: file for name, file in tree(tmp_path).items() if str(SWEPT) not in name}
+    assert any("reward-model" in name for name in shared) and any("pairs-bt" in name for name in shared)
+    execute(*commands.pop())
+    assert printed() == commands
+    for command in reversed(commands):
+        execute(*command)
+    assert printed() == [] and run_sweep(root, tmp_path, popen=nothing) == 0
+    assert results(tmp_path) == results(alone)
 
 
 def test_runs_of_other_settings_stop_the_sweep_before_anything_is_built(root, alone, fresh, monkeypatch):
@@ -570,9 +618,8 @@ sys.exit(sweep.STOPPED if sweep.run_all(runs, folder, 1)[1] else 0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc, and only Linux ends a child with its parent")
-@pytest.mark.parametrize("number, status, left", [(signal.SIGKILL, -signal.SIGKILL, ["began"]),
-                                                  (signal.SIGINT, sweep.STOPPED, ["began", "stopped"])])
-def test_a_sweep_that_is_killed_or_interrupted_leaves_no_run_behind(number, status, left, stubs, tmp_path):
+@pytest.mark.parametrize("name, status, left", [("SIGKILL", -9, ["began"]), ("SIGINT", sweep.STOPPED, ["began", "stopped"])])
+def test_a_sweep_that_is_killed_or_interrupted_leaves_no_run_behind(name, status, left, stubs, tmp_path):
     """As a real process: kill -9, or Ctrl-C, in the middle of its second run. That a run goes on where it was stopped, and a
     sweep with what is finished, is tested above and in test_faults.py."""
     stubs()
@@ -580,7 +627,7 @@ def test_a_sweep_that_is_killed_or_interrupted_leaves_no_run_behind(number, stat
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_for((tmp_path / "runs/0/began").exists, process)
     assert len(processes_of(tmp_path)) == 2
-    process.send_signal(number)
+    process.send_signal(getattr(signal, name))
     _, errors = process.communicate(timeout=60)
     end = time.monotonic() + 5  # the kernel takes a moment
     while processes_of(tmp_path) and time.monotonic() < end:

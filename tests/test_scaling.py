@@ -4,7 +4,9 @@ goes on where it was.
 import json
 import math
 import random
+import shlex
 import shutil
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -249,6 +251,8 @@ def sweep(small_reviews, sft_run, pairs, tmp_path, monkeypatch):
                 for word in (flag, value) if word]
         config = parse(scaling.Config, "", argv)
         scaling.main(config)
+        if config.print:
+            return []
         return read_jsonl(Path(config.out) / "results.jsonl", {"accuracy": float})
     start.trained, start.folder = trained, base / "scaling"
     return start
@@ -288,6 +292,21 @@ def test_a_sweep_stops_and_goes_on(sweep, capsys):
     (sweep.folder / "config.json").write_text(json.dumps(made))
     with pytest.raises(SystemExit, match="policy was 'another', now"):
         sweep()
+
+
+def test_the_printed_commands_make_what_the_sweep_makes(sweep, capsys):
+    """stdout has them alone. Another start finds the runs finished, and makes the same rows."""
+    sweep("--print", "")
+    said = capsys.readouterr()
+    assert "60 pairs of 20 prompts to train on" in said.err and not sweep.trained
+    for line in said.out.splitlines():
+        python, script, *flags = shlex.split(line)
+        assert (python, Path(script).name) == (sys.executable, "reward_model.py")
+        reward_model.train(parse(reward_model.Config, "", flags))
+    rows = [{**row, "seconds": 0} for row in sweep()]
+    assert not sweep.trained
+    shutil.rmtree(sweep.folder)
+    assert [{**row, "seconds": 0} for row in sweep()] == rows and sweep.trained == NAMES
 
 
 def test_what_a_row_says(sweep, pairs):
@@ -383,6 +402,7 @@ def test_the_folder_is_named_by_what_makes_the_runs():
     def out(*argv):
         return parse(scaling.Config, "", [*argv]).out
     more = ("--seeds", "1", "--sizes", "1x32", "--counts", "9", "--workers", "1")
+    assert out("--print") == out()
     assert out(*more) == out() == "runs/posts/scaling"
     assert out("--quick") == "runs/posts/scaling-quick"
     assert out("--lr", "0.1", "--pairs", "a/b.jsonl") == "runs/posts/scaling-pairs-a-b-lr0.1"
@@ -398,6 +418,7 @@ def test_the_folder_is_named_by_what_makes_the_runs():
     (["--seeds", "0"], "--seeds 0"), (["--lr", "nan"], "--lr nan"),
     (["--seeds", "1000000000000"], "--seeds 1000000000000: must be below"),
     (["--pairs", None, "--test", "x.jsonl"], "--test: needs --pairs"),
+    (["--print", "", "--workers", "2"], "--workers: not with --print"),
     (["--pairs", "no.jsonl"], "no.jsonl: no such pairs file"),
     (["--prompts", "9"], "--prompts: not with --pairs"),
     (["--test", "mine.jsonl"], "--held-out: not with --test"),

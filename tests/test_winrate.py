@@ -7,6 +7,8 @@ import itertools
 import json
 import math
 import random
+import shlex
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -478,6 +480,26 @@ def test_a_second_run_draws_and_trains_nothing(whole, small):
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_the_printed_commands_make_what_is_missing(whole, small, tmp_path, capsys):
+    """stdout has them alone, and the rows are those of the sweep that ran all by itself."""
+    root, work = small
+    shutil.copytree(work, tmp_path / "work")
+    for name in ("dpo", "ppo"):
+        shutil.rmtree(next((tmp_path / "work/runs/posts").glob(f"{name}-*seed1")))
+    copy = root, tmp_path / "work"
+    capsys.readouterr()
+    assert run(copy, "--print", run_all=not_sampled) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [Path(line.split()[1]).name for line in lines] == ["dpo.py", "ppo.py"]
+    with small_sizes():
+        for line in lines:
+            _, script, *flags = shlex.split(line)
+            assert clone.run_here(*copy, Path(script).stem, *flags) == 0
+    assert run(copy) == 0
+    rows = (tmp_path / "work" / FOLDER / "results.jsonl").read_text()
+    assert rows == (whole / "results.jsonl").read_text()
+
+
 def test_over_sft_and_by_a_judge_of_ones_own(whole, small):
     """SFT at T = 0 ties with itself; a judge who likes the first place sees ties alone. Each has a
     folder of its own, and nothing is sampled again. A judge that was edited is named."""
@@ -592,7 +614,8 @@ def test_all_files_are_written_before_anything_is_printed(whole, small):
     (["--seeds", "1000000000000"], "--seeds 1000000000000: must be below"),
     (["--quick", "--prompts", "9"], "--prompts: not with --quick"),
     (["--quick", "--best-of", "9"], "--best-of: not with --quick"),
-    (["--quick", "--seeds", "2"], "--seeds: not with --quick")])
+    (["--quick", "--seeds", "2"], "--seeds: not with --quick"),
+    (["--print", "--workers", "2"], "--workers: not with --print, which runs nothing")])
 def test_a_mistake_is_one_line_before_anything_is_built(small, tmp_path, argv, message):
     (tmp_path / "judges.py").write_text(JUDGES)
     said = run((small[0], tmp_path), *argv, sizes=(), run_all=train_here)
@@ -605,4 +628,5 @@ def test_quick_is_named_by_what_is_typed():
     assert config.out == "runs/posts/winrate-quick"
     assert (config.seeds, config.prompts, config.best_of) == (1, 64, 16)
     assert parse(winrate.Config, "", ["--quick", "--dataset", "tldr"]).best_of == 4
-    assert parse(winrate.Config, "", ["--workers", "1"]).out == "runs/posts/winrate"
+    for more in (["--workers", "1"], ["--print"]):
+        assert parse(winrate.Config, "", more).out == "runs/posts/winrate"
