@@ -35,7 +35,7 @@ def shard(*models: nn.Module) -> None:
 
 
 def gathered_parts(model: nn.Module) -> list[nn.Module]:
-    """What is gathered at once: the blocks, and the rest. None without --shard."""
+    """What is gathered at once: the blocks, and the rest."""
     return [part for part in model.modules() if hasattr(part, "unshard")]
 
 
@@ -43,7 +43,7 @@ def gathered_parts(model: nn.Module) -> list[nn.Module]:
 def whole(model: nn.Module) -> Iterator[None]:
     """with whole(model): the weights stay gathered. For sampling, where the processes make
     different numbers of passes and cannot meet in each."""
-    parts = gathered_parts(model)
+    parts = gathered_parts(model) if processes.sharded else []
     for part in parts:
         part.set_reshard_after_forward(False)
         part.unshard()

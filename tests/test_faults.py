@@ -207,7 +207,7 @@ def test_the_second_of_two_processes_in_a_folder_stops(root, work, tmp_path, mon
     """The first has the folder until it ends; one that was killed has nothing."""
     command = [*clone.TINY, "--steps", "3000", "--out", "run", *EVERY_STEP]
     with clone.start(root, "sft", *command, cwd=tmp_path) as first:
-        wait_for(lambda: last_step(tmp_path / "run") >= 0, first)
+        wait_for(lambda: (tmp_path / "run/checkpoint.pt").exists() and last_step(tmp_path / "run") >= 0, first)
         said = [run(root, tmp_path, "sft", *command, *more) for more in ([], ["--resume"])]
         first.kill()
     assert all(line.startswith("error: ") and "\n" not in line for line in said)
