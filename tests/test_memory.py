@@ -2,6 +2,7 @@
 import importlib
 import inspect
 import json
+import math
 import re
 import shlex
 from pathlib import Path
@@ -204,6 +205,19 @@ def test_two_processes_end_where_one_does():
     for row in rows:
         assert f"{row['nats_per_token']:.5f}" in DOC
     assert abs(rows[0]["nats_per_token"] - rows[1]["nats_per_token"]) < 1e-4
+
+
+def test_the_table_of_two_processes_is_that_of_the_rows():
+    folder = ROOT / "results" / "processes"
+    best = {}
+    for line in (folder / "scaling.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert row["other_cpu"] < 0.1  # nothing else was running
+        key = row["bench"], row["processes"]
+        best[key] = min(best.get(key, math.inf), row["ms_median"])
+    for name in ("sft", "reward_model", "dpo", "generate", "ppo"):
+        one, two = best[name, 1], best[name, 2]
+        assert f"| {name} | {one:.0f} | {two:.0f} | {one / two:.2f} |" in (folder / "README.md").read_text()
 
 
 def test_numbers_in_the_text_are_those_of_the_functions():
