@@ -116,7 +116,7 @@ def stage(config: Any, name: str = "") -> Path:
     script = settings.script_of(type(config)).stem
     module = importlib.import_module(script)
     config.device = training.asked_for  # all that this process builds is computed there
-    check_folder(config)
+    check_folder(config, advice=f"delete {config.out} to make it again")  # nobody gave its --out
     if not finished(config, module.built_from(config)):
         minutes = tasks.load_preset(config.dataset, config.preset).minutes.get(name or script)
         print(f"building what is missing: {settings.typed(config)}" + about(minutes), flush=True)

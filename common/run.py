@@ -329,17 +329,18 @@ def read_log(path: Path, before: float = math.inf) -> list[dict]:
 
 # ---- folders that are there ----------------------------------------------------------------------
 
-def check_folder(config: Any, built_from: dict | None = None) -> None:
+def check_folder(config: Any, built_from: dict | None = None,
+                 advice: str = "give another folder with --out, or delete this one") -> None:
     """Stop if config.out cannot take this run: made with other settings, unfinished and not to be
     resumed, not writable.
 
     Changes nothing, so every script asks before it builds what the run needs, which can take hours;
-    Run asks again when it is known what the run is built from.
+    Run asks again when it is known what the run is built from. `advice` says what to do about other
+    settings.
     """
     check_writable(config.out)
     folder = Path(config.out)
-    compare_settings(folder, config, built_from,
-                     "give another folder with --out, or delete this one")
+    compare_settings(folder, config, built_from, advice)
     if any((folder / name).exists()
            for name in ("checkpoint.pt", "checkpoint.prev.pt")) and not config.resume:
         fail(f"{folder} holds an unfinished run: go on with --resume, or delete the folder")

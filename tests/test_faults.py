@@ -729,7 +729,8 @@ def test_a_fresh_clone_builds_what_it_lacks_once(root, tmp_path, monkeypatch, ca
     capsys.readouterr()
     monkeypatch.setattr(data.reviews, "TASK", tiny_task(lr=3e-2))
     said = clone.run_here(root, tmp_path, "dpo", "--beta", "0.2")
-    assert said.startswith("error: runs/reviews/sft was made with other settings: lr was 0.02, now 0.03: ")
+    assert said == ("error: runs/reviews/sft was made with other settings: lr was 0.02, now 0.03: delete runs/reviews/sft to "
+                    "make it again")
     assert {name: tree(runs / name) for name in before} == before
 
 

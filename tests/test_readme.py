@@ -35,6 +35,7 @@ SMALL = {
     "python preference_rl.py": "test_preference_rl.py",
     "python dagger.py --task track": "test_dagger.py",
     "python experiments/distill.py": "test_distill.py",
+    "python experiments/bench.py": "test_frontier.py, and a step in .ci/run",
     "python sft.py --dataset imdb --init gpt2-large --steps 1000 --lr 5e-5 --out runs/imdb-gpt2/sft": "test_model.py, test_cli.py",
     "python dpo.py --dataset imdb --sft runs/imdb-gpt2/sft --lr 1e-5": "test_imdb.py: test_the_whole_imdb_pipeline",
 }
