@@ -77,8 +77,8 @@ def commands(work: Path, out: str, *more: str, only: str = "") -> dict[str, list
 
 
 def torchrun(world: int, *command: str, cwd: Path) -> subprocess.Popen:
-    """`torchrun --nproc-per-node world`, with one thread each, in a group of processes of its own."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    """`torchrun --nproc-per-node world`, or python for one, with one thread each, in a group of processes of its own."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
     return subprocess.Popen([sys.executable, *launcher, *map(str, command)], cwd=cwd, text=True, start_new_session=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**clone.environment(), "OMP_NUM_THREADS": "1"})
 
