@@ -358,7 +358,7 @@ def train(config: Config) -> Path:
                             loss=policy_losses[seen],
                             value_loss=value_losses[seen])
 
-            add_gradients(policy, value)
+            add_gradients(policy, value)  # of several processes, each with its share of the rows
             clip_grad_norm = torch.nn.utils.clip_grad_norm_
             grad_norm = clip_grad_norm(policy.parameters(), config.max_grad_norm).item()
             value_grad_norm = clip_grad_norm(value.parameters(), config.max_grad_norm).item()

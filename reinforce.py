@@ -193,7 +193,7 @@ def train(config: Config) -> Path:
             for part in similar_lengths(of_mine, lengths, config.micro_batch_size):
                 inputs = tokens[part], prompt_lengths[part], lengths[part]
                 ref_logprobs[part] = logprobs_of(ref, *inputs).sum(1)
-        share(ref_logprobs)
+        share(ref_logprobs)  # of several processes: all rows for everyone
         kl = samples.logprobs.to(device()).sum(1) - ref_logprobs  # (B,) log pi as it was sampled
         returns = scores - config.beta * kl
         advantages = returns

@@ -88,8 +88,7 @@ def share(*tensors: torch.Tensor) -> None:
 
 
 def add_gradients(*models: torch.nn.Module) -> None:
-    """Every parameter's gradient becomes the sum over all processes. A process without a row of
-    this batch has none, and adds 0."""
+    """Every parameter's gradient becomes the sum over all processes."""
     if WORLD == 1:
         return
     # those of --shard are added up already
@@ -97,9 +96,6 @@ def add_gradients(*models: torch.nn.Module) -> None:
                   if p.requires_grad and not hasattr(p, "full_tensor")]
     if not parameters:
         return
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
     # one message, not one for each parameter
     flat = torch.cat([p.grad.flatten() for p in parameters])
     dist.all_reduce(flat)
