@@ -17,11 +17,11 @@ from conftest import every_response, log_of, naive_logprobs, tiny_gpt
 from common import pipeline
 from common.pairs import encode_pairs, read_pairs, split
 from common.tokenizer import Tokenizer
+from derive import log_partition, objective, optimum, policy_by_ascent, policy_by_dpo, preference, reward_by_bradley_terry
 from dpo import dpo_loss, unlikelihood_loss
 from common.run import load_run
 from model import response_logprobs, summed_logprobs
 from ppo import compute_gae, compute_rewards, policy_loss
-from reward_model import reward_loss
 
 BETAS = [0.05, 0.1, 1.0, 5.0]
 
@@ -92,7 +92,6 @@ def test_unlikelihood_by_hand_and_its_gradient():
 # ---- where it ends: everything enumerated ----------------------------------------------------------------------------
 
 PROMPTS, RESPONSES = 2, 6
-A, B = (~torch.eye(RESPONSES, dtype=torch.bool)).nonzero(as_tuple=True)  # all ordered pairs of different responses
 
 
 @pytest.fixture(params=[0, 1])
@@ -100,56 +99,7 @@ def world(request):
     """log pi_ref (2, 6), the reward r (2, 6), and the chance that a Bradley-Terry annotator prefers A to B (2, 30)."""
     draw = torch.Generator().manual_seed(request.param)
     ref, r = torch.randn(2, PROMPTS, RESPONSES, generator=draw, dtype=torch.double)
-    return ref.log_softmax(1), r, torch.sigmoid(r[:, A] - r[:, B])
-
-
-def minimise(loss, start):
-    """Newton's method with the exact Hessian, to a gradient of 1e-13. The pseudo-inverse leaves flat directions alone."""
-    x = start.clone()
-    for _ in range(50):
-        x.requires_grad_()
-        gradient = torch.autograd.grad(loss(x), x)[0].flatten()
-        if gradient.abs().max() < 1e-13:
-            return x.detach()
-        hessian = torch.autograd.functional.hessian(loss, x.detach()).view(x.numel(), x.numel())
-        x = (x.detach().flatten() - torch.linalg.pinv(hessian, rtol=1e-9, hermitian=True) @ gradient).view(start.shape)
-    raise AssertionError(f"Newton's method has not converged: gradient {gradient.abs().max()}")
-
-
-def optimum(ref, r, beta):
-    """log of pi_ref exp(r / beta) / Z, and beta log Z for each prompt (Eq. 4)."""
-    log_z = torch.logsumexp(ref + r / beta, 1, keepdim=True)
-    return ref + r / beta - log_z, beta * log_z.squeeze(1)
-
-
-def dpo_policy(ref, preferred, beta):
-    """log pi (2, 6) that minimises the DPO loss expected over all pairs, each labelled either way as often as annotators do."""
-    def loss(theta):
-        logprobs = theta.log_softmax(1)
-        losses, *_ = dpo_loss(logprobs[:, A], logprobs[:, B], ref[:, A], ref[:, B], beta)
-        return (preferred * losses).sum()
-    return minimise(loss, ref).log_softmax(1)
-
-
-def fitted_reward(preferred):
-    """The Bradley-Terry maximum-likelihood reward (2, 6)."""
-    return minimise(lambda r: (preferred * reward_loss(r[:, A], r[:, B])).sum(), torch.zeros(PROMPTS, RESPONSES).double())
-
-
-def objective(logprobs, ref, r, beta):
-    """E[r] - beta KL(pi || pi_ref) of each prompt (Eq. 3)."""
-    return (logprobs.exp() * (r - beta * (logprobs - ref))).sum(1)
-
-
-def best_policy_by_ascent(ref, r, beta):
-    """log pi (2, 6) by exact natural-gradient ascent of the objective: the gradient divided by pi, with autograd."""
-    theta = ref.clone()
-    for _ in range(80):
-        theta.requires_grad_()
-        logprobs = theta.log_softmax(1)
-        gradient = torch.autograd.grad(objective(logprobs, ref, r, beta).sum(), theta)[0]
-        theta = (theta + 0.5 / beta * gradient / logprobs.exp()).detach()
-    return theta.log_softmax(1)
+    return ref.log_softmax(1), r, preference(r)
 
 
 def ppo_policy(ref, r, beta):
@@ -174,13 +124,14 @@ def ppo_policy(ref, r, beta):
 def test_all_roads_lead_to_the_same_policy(world, beta):
     """DPO on Bradley-Terry pairs; a reward model fitted to them and then optimised; gradient ascent of E[r] - beta KL with
     the true reward; PPO with the true reward, and with the fitted one: all end at pi_ref exp(r / beta) / Z."""
-    ref, r, preferred = world
-    expected, best = optimum(ref, r, beta)
-    for logprobs in (dpo_policy(ref, preferred, beta),
-                     optimum(ref, fitted_reward(preferred), beta)[0],
-                     best_policy_by_ascent(ref, fitted_reward(preferred), beta),
-                     best_policy_by_ascent(ref, r, beta),
-                     ppo_policy(ref, fitted_reward(preferred), beta),
+    ref, r, wins = world
+    expected, best = optimum(ref, r, beta), beta * log_partition(ref, r, beta).squeeze(1)
+    fitted = reward_by_bradley_terry(wins, RESPONSES)
+    for logprobs in (policy_by_dpo(ref, wins, beta),
+                     optimum(ref, fitted, beta),
+                     policy_by_ascent(ref, fitted, beta),
+                     policy_by_ascent(ref, r, beta),
+                     ppo_policy(ref, fitted, beta),
                      ppo_policy(ref, r, beta)):
         torch.testing.assert_close(logprobs.exp(), expected.exp(), rtol=0, atol=1e-6)
         torch.testing.assert_close(objective(logprobs, ref, r, beta), best, rtol=0, atol=1e-9)
@@ -190,14 +141,14 @@ def test_all_roads_lead_to_the_same_policy(world, beta):
 
 
 def test_the_fitted_reward_is_the_true_one_up_to_a_constant(world):
-    ref, r, preferred = world
-    fitted = fitted_reward(preferred)
-    torch.testing.assert_close(fitted - fitted.mean(1, keepdim=True), r - r.mean(1, keepdim=True), rtol=0, atol=1e-9)
+    _, r, wins = world
+    fitted = reward_by_bradley_terry(wins, RESPONSES)
+    torch.testing.assert_close(fitted, r - r.mean(1, keepdim=True), rtol=0, atol=1e-9)
 
 
 def test_no_policy_is_better_than_the_closed_form(world):
     ref, r, _ = world
-    expected, best = optimum(ref, r, 0.5)
+    expected, best = optimum(ref, r, 0.5), 0.5 * log_partition(ref, r, 0.5).squeeze(1)
     for scale in (1e-3, 0.1, 1.0):
         for _ in range(50):
             other = (expected + scale * torch.randn_like(r)).log_softmax(1)
