@@ -242,8 +242,8 @@ def print_derivation(ref: torch.Tensor, r: torch.Tensor, beta: float,
     others = torch.randn(10_000, len(r), generator=draw, dtype=torch.double).log_softmax(-1)
     J_others = objective(others, ref, r, beta)
     above = (J_others > objective(optimal, ref, r, beta)).sum()
-    print(f"      10,000 policies drawn at random: the best has J = {J_others.max():+.6f}; above pi* "
-          f"are {above}")
+    print(f"      10,000 policies drawn at random: the best has J = {J_others.max():+.6f}; "
+          f"above pi* are {above}")
 
     print("\n(8) Eq. 4 the other way round: take logarithms and solve for r (Eq. 5)")
     implicit = beta * (optimal - ref)
