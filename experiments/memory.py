@@ -1,6 +1,6 @@
 """How much memory does a run take, and what do several devices cost? Computed; --measure checks it.
 
-    python experiments/memory.py                  # the tables of docs/your_own.md
+    python experiments/memory.py                  # the tables of docs/machines.md
     python experiments/memory.py --measure dpo    # one JSON line: computed beside measured, on a
                                                   # CPU; ten seconds
 

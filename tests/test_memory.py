@@ -1,4 +1,4 @@
-"""experiments/memory.py: what it counts is what there is; docs/your_own.md says what it computes."""
+"""experiments/memory.py: what it counts is what there is; docs/machines.md says what it computes."""
 import importlib
 import inspect
 import json
@@ -19,7 +19,7 @@ from experiments.memory import MODELS, SAMPLED, SCORED, efficiency, parameters
 from model import ROOM, Cache, GPT, GPTConfig, ScalarModel, generate, summed_logprobs
 
 ROOT = Path(__file__).resolve().parents[1]
-DOC = (ROOT / "docs" / "your_own.md").read_text(encoding="utf-8")
+DOC = (ROOT / "docs" / "machines.md").read_text(encoding="utf-8")
 SIZES = GPTConfig(vocab_size=11, block_size=12, n_layer=3, n_head=2, n_embd=8)
 
 # commands that cannot run here, or are run by another test
