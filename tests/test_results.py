@@ -164,6 +164,16 @@ def reviews():
     with_half = {kl: frontier.best_at(with_half_beta(), kl).reward - frontier.best_at(ppo, kl).reward for kl in kls}
     assert all((with_half[kl] > 0) == (kl <= 1.5) for kl in kls)
     yield "DPO is above PPO below about 1.5 nats, and below it from 2.5 to 3 nats on"
+    lead = [with_half[kl] for kl in kls if kl <= 1.5]
+    least = min(one["kl"] for one in ends(rows("reviews/frontier/results.jsonl", method="PPO")))
+    for other, least_kl in ((ppo, 2.5), (ppo_gt, 0.8)):
+        for kl in kls:
+            if kl >= least_kl and (there := frontier.best_at(other, kl)):
+                own = frontier.best_at(with_half_beta(), kl)
+                assert (there.reward - own.reward) / math.hypot(there.se, own.se) > 2.8
+    yield "PPO's lead from 2.5 nats on, and PPO-GT's from 0.8 nats on, are about three errors or more"
+    yield (f"DPO's lead below 1.5 nats is small, {min(lead):.3f} to {max(lead):.3f}, and of chords as well. PPO has no run that ends below "
+           f"{least:.2f} nats")
     assert all(frontier.best_at(with_half_beta(), kl).reward < frontier.best_at(ppo_gt, kl).reward for kl in (0.8, 1, 2, 3, 4, 6))
     yield "PPO-GT is above DPO from 0.8 nats on"
     unlikelihood = methods["Unlikelihood"]
@@ -195,7 +205,7 @@ def reviews():
         chord = " (a long chord)" if method == "DPO" else ""
         yield f"| {label} | {line} | {name} {share_at(usual, kl)}{chord} |"
         gain[method] = share - 100 * scale.cell(kl, *frontier.best_at(usual, kl)[:2]).share
-    yield f"ten times as many are worth {gain['DPO, 10x pairs']:.0f} points to DPO and {gain['PPO, 10x pairs']:.0f} to PPO"
+    yield f"ten times as many are worth {gain['DPO, 10x pairs']:.0f} points to DPO and at most {gain['PPO, 10x pairs']:.0f} to PPO"
     more = end_line(why, "PPO, 10x pairs")
     yield f"(which has {share_at(ppo_gt, more[1])} at {more[1]:.2f} nats)"
     yield f"costs DPO {gain['DPO, noise-free labels']:.0f} points at the same KL"
@@ -214,10 +224,9 @@ def reviews():
         there = 100 * scale.cell(kl, *frontier.best_at(ppo_gt, kl)[:2]).share
         yield f"| {label} | {line} | {share_at(ppo_gt, kl)} |"
         found[method] = (share, share - there)
-    two = found["PPO"][0]
-    adds = sorted((two - found["REINFORCE, leave-one-out"][0], two - found["REINFORCE, value network"][0]))
-    yield (f"The second pass adds {adds[0]:.0f} to {adds[1]:.0f} points, and the next two {found['PPO, 4 epochs'][1]:.1f} at the "
-           f"same KL")
+    below = sorted(-found[name][1] for name in ("REINFORCE, leave-one-out", "REINFORCE, value network"))
+    yield (f"With one pass REINFORCE is {below[0]:.0f} to {below[1]:.0f} points below PPO-GT, which makes two, at the same KL; four passes "
+           f"are {found['PPO, 4 epochs'][1]:.1f} above it")
     yield f"λ = 0.95 is {found['PPO, lam 0.95'][1]:.1f} points above λ = 1 at the same KL"
 
     # ---- single runs
@@ -369,6 +378,9 @@ def tldr():
            f"optimum, PPO's at {span('ppo', 'kl', '.0f')} nats with at most {span('ppo', 'share', '.0f', 100)}%")
     yield (f"(ROUGE-L {runs['dpo'][0]['table']['SFT']['reward']:.3f} → {span('dpo', 'reward', '.3f')} for DPO, {span('ppo', 'reward', '.3f')} "
            f"for PPO)")
+    greedy = [row(found, texts="test prompts", method=method, temperature=0.0) for method in ("PPO", "DPO")]
+    loses = [f"{100 * one['win_rate']:.0f} ± {100 * one['win_rate_se']:.0f}" for one in greedy]
+    yield f"Greedy, PPO loses ({loses[0]}), and DPO is level with SFT or a little below it ({loses[1]})"
     yield f"right about {100 * last('tldr/reward-model/log.jsonl')['held_out_accuracy']:.1f}% of held-out ones"
     ppo = row(found, texts="test prompts", method="PPO", temperature=1.0)
     yield f"PPO's length-controlled rate at T = 1, {100 * ppo['length_controlled']:.0f} ± {100 * ppo['length_controlled_se']:.0f}"
