@@ -5,6 +5,7 @@ the rows. Each must stand in the page, word for word (line breaks aside). What i
 may have no decimal number, no percentage and no ±, unless its paragraph says "no rows kept", it is a setting, or it is listed
 in KNOWN with its source. A page elsewhere (README.md, docs/) is guarded in the same way: a function, and a line in CLAIMS.
 
+On README.md and results/README.md the numbers of a row that links to a folder of results/ must stand on that folder's page.
 Rows `| ... | [json](PATH#row) |` are checked on every page, wherever it is.
 """
 import functools
@@ -135,15 +136,16 @@ def reviews():
         for kl in frontier.KLS:
             best = frontier.best_at(methods[method], kl)
             assert best is None or best.setting == "between settings"
-    errors = [one["reward_se"] for name in ("DPO", "PPO", "PPO-GT") for one in ends(rows("reviews/frontier/results.jsonl", method=name))]
+    final = ends(read("reviews/frontier/results.jsonl"))
+    errors = [one["reward_se"] for one in final if one["method"] in ("DPO", "PPO", "PPO-GT")]
     yield f"a single evaluation has an error of {min(errors):.3f} to {max(errors):.3f} over prompts"
     yield f"Beyond {scale.curve[-1]['kl']:.2f} nats the optimum is known from below only"
     top = ends(rows("reviews/frontier/results.jsonl", method="DPO", setting="beta 0.1, lr 0.0008"))
     reward, kl = mean_se(column(top, "reward"))[0], mean_se(column(top, "kl"))[0]
     a, b = next((a, b) for a, b in zip(scale.curve, scale.curve[1:]) if a["reward"] <= reward <= b["reward"])
     same = a["kl"] + (b["kl"] - a["kl"]) * (reward - a["reward"]) / (b["reward"] - a["reward"])
-    yield (f"DPO's {reward:.3f} at {kl:.2f} nats is \"≤ {scale.cell(kl, reward, 0).share:.0%}\", but the optimum has that reward "
-           f"at {same:.1f} nats")
+    yield (f"DPO's {reward:.3f} at {kl:.2f} nats is \"≤ {scale.cell(kl, reward, 0).share:.0%}\", but the optimum has that "
+           f"reward at {same:.1f} nats")
 
     # ---- DPO against PPO
     def end(method, setting):
@@ -172,22 +174,24 @@ def reviews():
                 own = frontier.best_at(with_half_beta(), kl)
                 assert (there.reward - own.reward) / math.hypot(there.se, own.se) > 2.8
     yield "PPO's lead from 2.5 nats on, and PPO-GT's from 0.8 nats on, are about three errors or more"
-    yield (f"DPO's lead below 1.5 nats is small, {min(lead):.3f} to {max(lead):.3f}, and of chords as well. PPO has no run that ends below "
-           f"{least:.2f} nats")
-    assert all(frontier.best_at(with_half_beta(), kl).reward < frontier.best_at(ppo_gt, kl).reward for kl in (0.8, 1, 2, 3, 4, 6))
+    yield (f"DPO's lead below 1.5 nats is small, {min(lead):.3f} to {max(lead):.3f}, and of chords as well. PPO has no run "
+           f"that ends below {least:.2f} nats")
+    for kl in (0.8, 1, 2, 3, 4, 6):
+        assert frontier.best_at(with_half_beta(), kl).reward < frontier.best_at(ppo_gt, kl).reward
     yield "PPO-GT is above DPO from 0.8 nats on"
     unlikelihood = methods["Unlikelihood"]
     at = {kl: (frontier.best_at(unlikelihood, kl).reward, frontier.best_at(dpo, kl)) for kl in (0.5, 0.8)}
     preferred = mean_se(column(ends(rows("reviews/frontier/results.jsonl", method="Preferred-FT")), "reward"))[0]
     far = column(ends(rows("reviews/frontier/results.jsonl", method="Unlikelihood", setting="alpha 1")), "kl")
     yield (f"Preferred-FT stops at {preferred:.2f}. Unlikelihood is below DPO at 0.5 nats ({at[0.5][0]:.3f} against "
-           f"{at[0.5][1].reward:.3f} ± {at[0.5][1].se:.3f}), level with it at 0.8 ({at[0.8][0]:.3f} against {at[0.8][1].reward:.3f}), "
-           f"and below it from there on; at α = 1 it ends {min(far):.0f} to {max(far):.0f} nats away")
+           f"{at[0.5][1].reward:.3f} ± {at[0.5][1].se:.3f}), level with it at 0.8 ({at[0.8][0]:.3f} against "
+           f"{at[0.8][1].reward:.3f}), and below it from there on; at α = 1 it ends {min(far):.0f} to {max(far):.0f} nats away")
     rates = frontier.learning_rates(rows("reviews/frontier/results.jsonl"))[0.1]
     yield f"from 5e-5 to 8e-4 it moves the KL from {rates[5e-5]:.1f} to {rates[8e-4]:.0f} nats at β = 0.1"
     six, nineteen = best_of_n_at(1), best_of_n_at(2)
     assert six["n"] == 6
-    yield (f"at 2 nats it has {scale.cell(2, nineteen['reward'], 0).share:.0%} of it. Its {scale.cell(1, six['reward'], 0).share:.0%} "
+    yield (f"at 2 nats it has {scale.cell(2, nineteen['reward'], 0).share:.0%} of it. Its "
+           f"{scale.cell(1, six['reward'], 0).share:.0%} "
            f"at 1 nat is n = 6, whose KL is at most {six['kl']:.2f} nats: at that KL it has "
            f"{scale.cell(six['kl'], six['reward'], 0).share:.0%}, too")
 
@@ -205,7 +209,8 @@ def reviews():
         chord = " (a long chord)" if method == "DPO" else ""
         yield f"| {label} | {line} | {name} {share_at(usual, kl)}{chord} |"
         gain[method] = share - 100 * scale.cell(kl, *frontier.best_at(usual, kl)[:2]).share
-    yield f"ten times as many are worth {gain['DPO, 10x pairs']:.0f} points to DPO and at most {gain['PPO, 10x pairs']:.0f} to PPO"
+    yield (f"ten times as many are worth {gain['DPO, 10x pairs']:.0f} points to DPO and at most "
+           f"{gain['PPO, 10x pairs']:.0f} to PPO")
     more = end_line(why, "PPO, 10x pairs")
     yield f"(which has {share_at(ppo_gt, more[1])} at {more[1]:.2f} nats)"
     yield f"costs DPO {gain['DPO, noise-free labels']:.0f} points at the same KL"
@@ -225,8 +230,8 @@ def reviews():
         yield f"| {label} | {line} | {share_at(ppo_gt, kl)} |"
         found[method] = (share, share - there)
     below = sorted(-found[name][1] for name in ("REINFORCE, leave-one-out", "REINFORCE, value network"))
-    yield (f"With one pass REINFORCE is {below[0]:.0f} to {below[1]:.0f} points below PPO-GT, which makes two, at the same KL; four passes "
-           f"are {found['PPO, 4 epochs'][1]:.1f} above it")
+    yield (f"With one pass REINFORCE is {below[0]:.0f} to {below[1]:.0f} points below PPO-GT, which makes two, at the same "
+           f"KL; four passes are {found['PPO, 4 epochs'][1]:.1f} above it")
     yield f"λ = 0.95 is {found['PPO, lam 0.95'][1]:.1f} points above λ = 1 at the same KL"
 
     # ---- single runs
@@ -236,16 +241,18 @@ def reviews():
     pairs = json.loads((RESULTS / "reviews/pairs-bt/config.json").read_text())
     agree, held_out = pairs["labels_agree_with_gold"], pairs["pairs"] // 20
     yield f"PPO's reward model share {pairs['pairs'] - held_out:,} labelled pairs"
-    yield (f"On {held_out} held-out pairs, whose labels agree with the gold reward {agree:.0%} of the time, DPO's implicit reward is right about "
-           f"{100 * steps['dpo-beta1-seed0']['held_out_accuracy']:.1f}% of the labels at β = 1 and {small[0]:.1f} to {small[-1]:.1f}% "
-           f"at β = 0.1; the explicit reward model of the same pairs is right about "
+    yield (f"On {held_out} held-out pairs, whose labels agree with the gold reward {agree:.0%} of the time, DPO's implicit "
+           f"reward is right "
+           f"about {100 * steps['dpo-beta1-seed0']['held_out_accuracy']:.1f}% of the labels at β = 1 and {small[0]:.1f} to "
+           f"{small[-1]:.1f}% at β = 0.1; the explicit reward model of the same pairs is right about "
            f"{100 * last('reviews/reward-model/log.jsonl')['held_out_accuracy']:.1f}%")
     two = json.loads((RESULTS / "processes/dpo-two.json").read_text())
     end = two["table"][two["name"]]
     yield f"Two processes end with {end['reward']:.3f} at {end['kl']:.2f} nats"
     hours = [sum(one["seconds"] for one in ends(rows(f"reviews/{grid}/results.jsonl"))) / 3600
              for grid in ("frontier", "frontier-why", "frontier-ablation")]
-    yield f"they are {hours[0]:.1f} hours of one core for the frontier, {hours[1]:.1f} for `why` and {hours[2]:.1f} for `ablation`"
+    yield (f"they are {hours[0]:.1f} hours of one core for the frontier, {hours[1]:.1f} for `why` and {hours[2]:.1f} for "
+           f"`ablation`")
 
 
 # ---- imdb ------------------------------------------------------------------------------------------------------------
@@ -293,7 +300,8 @@ def imdb():
     one = [evaluation(f"imdb/dpo-beta1-seed{seed}")["table"]["DPO beta 1"] for seed in (0, 1)]
     shares, nats = sorted(column(one, "share")), sorted(column(one, "kl"))
     small = evaluation("imdb/dpo-beta0.1-seed0")["table"]
-    yield (f"β = 1 takes {100 * shares[0]:.0f} to {100 * shares[1]:.0f}% of the possible gain at {nats[0]:.1f} to {nats[1]:.1f} nats. "
+    yield (f"β = 1 takes {100 * shares[0]:.0f} to {100 * shares[1]:.0f}% of the possible gain at {nats[0]:.1f} to "
+           f"{nats[1]:.1f} nats. "
            f"β = 0.1 takes nearly all of it, but at {small['DPO beta 0.1']['kl']:.0f} nats, where best of 16 has "
            f"{small['best of 16']['share']:.0%} at less than 2")
     limit = small["optimum, up to where 64 samples show it"]["kl"]
@@ -331,8 +339,8 @@ def posts():
     yield f"Greedy, SFT alone wins {rate('SFT', 0.0)}"
     yield f"at T = 1 they win {rate('DPO', 1.0)} and {rate('PPO', 1.0)} where SFT wins {rate('SFT', 1.0)}"
     best = max(rows(found, method="best of n", temperature=1.0), key=lambda one: one["win_rate"])
-    yield (f"rises to {best['win_rate']:.0%} at n = {best['n']} and falls to {rate('best of n', 1.0, 128)} at n = 128, while the gold "
-           f"reward's own best of 128 wins {rate('best of n by the gold reward', 1.0, 128)}")
+    yield (f"rises to {best['win_rate']:.0%} at n = {best['n']} and falls to {rate('best of n', 1.0, 128)} at n = 128, "
+           f"while the gold reward's own best of 128 wins {rate('best of n by the gold reward', 1.0, 128)}")
     shown = [one for one in read(found) if one["n"] in (1, 128)]
     gaps = max(abs(one["win_rate"] - one["length_controlled"]) for one in shown)
     yield (f"the mean lengths are {min(column(shown, 'words')):.0f} to {max(column(shown, 'words')):.0f} words, and the "
@@ -345,8 +353,8 @@ def posts():
     yield f"{pairs['pairs']:,} noisy pairs teach style"
     table = (RESULTS / "posts/winrate/table.md").read_text(encoding="utf-8")
     yield f"the reference summaries of {re.search(r'the reference summaries .([0-9.]+) words', table)[1]} words"
-    yield (f"The labels agree with the gold order in {pairs['labels_agree_with_gold']:.0%}, DPO's implicit reward with held-out labels "
-           f"in {min(held):.0f} to {max(held):.0f}%, the [reward model](reward-model) in "
+    yield (f"The labels agree with the gold order in {pairs['labels_agree_with_gold']:.0%}, DPO's implicit reward with "
+           f"held-out labels in {min(held):.0f} to {max(held):.0f}%, the [reward model](reward-model) in "
            f"{last('posts/reward-model/log.jsonl')['held_out_accuracy']:.0%}")
 
     sizes = read("posts/scaling/results.jsonl")
@@ -366,24 +374,26 @@ def tldr():
     assert not any(one["share_known"] for method in own for one in own[method])  # "at most"
     accuracy = [f"{100 * one['held_out_accuracy']:.1f}" for one in runs["dpo"]]
     loss = [f"{one['held_out_loss']:.3f}" for one in runs["dpo"]]
-    yield (f"DPO is right about {accuracy[0]}, {accuracy[1]} and {accuracy[2]}% of held-out pairs, at a loss of {loss[0]}, {loss[1]} and "
-           f"{loss[2]}, where ln 2 = {math.log(2):.3f} is chance")
+    yield (f"DPO is right about {accuracy[0]}, {accuracy[1]} and {accuracy[2]}% of held-out pairs, at a loss of {loss[0]}, "
+           f"{loss[1]} and {loss[2]}, where ln 2 = {math.log(2):.3f} is chance")
 
     def span(method, name, form, factor=1.0):
         values = sorted(factor * value for value in column(own[method], name))
         return f"{values[0]:{form}} to {values[-1]:{form}}"
 
     dpo_kl = column(own["dpo"], "kl")
-    yield (f"Its runs end {math.floor(min(dpo_kl))} to {math.ceil(max(dpo_kl))} nats from SFT with at most {span('dpo', 'share', '.0f', 100)}% of the "
-           f"optimum, PPO's at {span('ppo', 'kl', '.0f')} nats with at most {span('ppo', 'share', '.0f', 100)}%")
-    yield (f"(ROUGE-L {runs['dpo'][0]['table']['SFT']['reward']:.3f} → {span('dpo', 'reward', '.3f')} for DPO, {span('ppo', 'reward', '.3f')} "
-           f"for PPO)")
+    yield (f"Its runs end {math.floor(min(dpo_kl))} to {math.ceil(max(dpo_kl))} nats from SFT with at most "
+           f"{span('dpo', 'share', '.0f', 100)}% of the optimum, PPO's at {span('ppo', 'kl', '.0f')} nats with at most "
+           f"{span('ppo', 'share', '.0f', 100)}%")
+    yield (f"(ROUGE-L {runs['dpo'][0]['table']['SFT']['reward']:.3f} → {span('dpo', 'reward', '.3f')} for DPO, "
+           f"{span('ppo', 'reward', '.3f')} for PPO)")
     greedy = [row(found, texts="test prompts", method=method, temperature=0.0) for method in ("PPO", "DPO")]
     loses = [f"{100 * one['win_rate']:.0f} ± {100 * one['win_rate_se']:.0f}" for one in greedy]
     yield f"Greedy, PPO loses ({loses[0]}), and DPO is level with SFT or a little below it ({loses[1]})"
     yield f"right about {100 * last('tldr/reward-model/log.jsonl')['held_out_accuracy']:.1f}% of held-out ones"
     ppo = row(found, texts="test prompts", method="PPO", temperature=1.0)
-    yield f"PPO's length-controlled rate at T = 1, {100 * ppo['length_controlled']:.0f} ± {100 * ppo['length_controlled_se']:.0f}"
+    yield (f"PPO's length-controlled rate at T = 1, {100 * ppo['length_controlled']:.0f} ± "
+           f"{100 * ppo['length_controlled_se']:.0f}")
 
     def rate(texts, method, temperature, n=1):
         return f"{100 * row(found, texts=texts, method=method, temperature=temperature, n=n)['win_rate']:.0f}%"
@@ -403,12 +413,14 @@ def tldr():
         line = next(line for line in lines if line.startswith(name + " "))[len(name):]
         agreed, low, high, count = re.search(r"([\d.]+)%\s+([\d.]+)% to ([\d.]+)%\s+([\d,]+)", line).groups()
         yield cells(label, f"{agreed}%", f"{low} to {high}%", count)
-    yield lines[-1].replace("people with people in Stiennon et al. (2020):", "People agree with each other in") + " (Stiennon et al. 2020)"
+    published = lines[-1].removeprefix("people with people in Stiennon et al. (2020): ")
+    yield f"People agree with each other in {published} (Stiennon et al. 2020)"
 
     data = json.loads((RESULTS / "tldr/data.json").read_text())
     splits = ("train", "valid", "test")
     summarised = sum(data["rows"][split] + sum(data["dropped"][split].values()) for split in splits)
-    yield f"{summarised:,} self-posts of Reddit, 2013, with their authors' TL;DR, {data['rows']['pretrain']:,} posts to pretrain on"
+    yield (f"{summarised:,} self-posts of Reddit, 2013, with their authors' TL;DR, {data['rows']['pretrain']:,} posts to "
+           f"pretrain on")
     yield f"{data['rows']['train']:,} are left to train on, {data['rows']['test']} to test on"
     long = sum(data["dropped"][split]["prompt_too_long"] for split in splits) / summarised
     assert 0.7 < long < 0.8  # "three quarters of the posts go"
@@ -439,8 +451,8 @@ def dueling():
     uniform = row("dueling/results.jsonl", bandit="uniform", step=30000)["regret"]
     yield f"After 30,000 comparisons RUCB's regret is {regret('RUCB', 30000)}, that of random pairs (uniform) {uniform:,.0f}"
     slope = next(one for one in read("dueling/results.jsonl") if "slope" in one)
-    yield (f"RUCB's regret grows as {slope['slope']:.1f} log T; in the long run no algorithm does better than {slope['bound']:.1f} "
-           f"log T")
+    yield (f"RUCB's regret grows as {slope['slope']:.1f} log T; in the long run no algorithm does better than "
+           f"{slope['bound']:.1f} log T")
 
 
 def preference_rl():
@@ -458,13 +470,13 @@ def preference_rl():
         yield cells(way, [pm(returns(way, answers), ".1f") for answers in range(0, 121, 20)])
     yield f"with the true reward the same planner gets {pm(returns('true reward', 0), '.1f')}"
     degrees = [mean_se(angle(way, 60))[0] for way in ("information", "random", "volume")]
-    yield (f"Asking for information finds a person's weights to {degrees[0]:.0f}° with 60 answers, random questions to {degrees[1]:.0f}°, "
-           f"and volume removal to {degrees[2]:.0f}°")
+    yield (f"Asking for information finds a person's weights to {degrees[0]:.0f}° with 60 answers, random questions to "
+           f"{degrees[1]:.0f}°, and volume removal to {degrees[2]:.0f}°")
     assert min(returns("information", 20)) > 60  # of 71.7: it stands
     stands = {answers: sum(value > 60 for value in returns("random", answers)) for answers in (60, 120)}
     assert stands == {60: 9, 120: 9}
-    yield ("With questions chosen for information 20 answers are enough, for all ten simulated people; with random questions it works for "
-           "9 of the ten after 60 answers, and for one not even after 120")
+    yield ("With questions chosen for information 20 answers are enough, for all ten simulated people; with random "
+           "questions it works for 9 of the ten after 60 answers, and for one not even after 120")
     sure = [statistics.mean(column(rows(path, experiment="backflips", way=way, answers=120), "near_certain"))
             for way in ("random", "information")]
     yield f"more than 95% certain in {sure[0]:.0%}, of those to questions chosen for information in {sure[1]:.0%}"
@@ -487,7 +499,8 @@ def dagger():
         yield cells(label, [pm(costs(folder, method, T), f".{n}f") for T, n in zip((8, 16, 32, 64, 128, 256), digits)],
                     f"{fit['slope']:.2f} ({fit['slope_low']:.2f} to {fit['slope_high']:.2f})")
     steps = [mean_se(costs("bridge", method, 256))[0] for method in ("cloning", "DAgger")]
-    yield (f"Cloning's cost grows as T^{slope('bridge', 'cloning')['slope']:.2f}, DAgger's as T^{slope('bridge', 'DAgger')['slope']:.2f}. "
+    yield (f"Cloning's cost grows as T^{slope('bridge', 'cloning')['slope']:.2f}, DAgger's as "
+           f"T^{slope('bridge', 'DAgger')['slope']:.2f}. "
            f"At T = 256 that is {steps[0]:.1f} against {steps[1]:.1f} steps in the water")
     yield f"cloning pays T^{slope('bridge', 'cloning, shallow')['slope']:.2f} too"
 
@@ -518,10 +531,13 @@ def distill():
         yield (f"| {label} | {pm(column(own, 'kl'), form)} | {pm(early, '.3f')} | {pm(late, '.3f')} | "
                f"{pm(column(own, 'reward'), '.3f')} |")
     yield f"(the teacher's is {read('distill/results.jsonl')[0]['teacher_reward']:.3f})"
-    falls = {method: [statistics.mean(one["kl_by_position"][i] for one in rows("distill/results.jsonl", method=method)) for i in (0, 19)]
-             for method in ("cloning", "on-policy")}
+    falls = {}
+    for method in ("cloning", "on-policy"):
+        paths = column(rows("distill/results.jsonl", method=method), "kl_by_position")
+        falls[method] = [statistics.mean(path[i] for path in paths) for i in (0, 19)]
     assert len({tuple(f"{value:.{n}f}" for value, n in zip(two, (1, 2))) for two in falls.values()}) == 1  # "for both methods"
-    yield f"from {falls['cloning'][0]:.1f} nats at the first token to {falls['cloning'][1]:.2f} at the twentieth, for both methods"
+    yield (f"from {falls['cloning'][0]:.1f} nats at the first token to {falls['cloning'][1]:.2f} at the twentieth, for both "
+           f"methods")
 
 
 # ---- machines --------------------------------------------------------------------------------------------------------
@@ -534,7 +550,8 @@ def bench():
         return row("bench/peers.jsonl", bench=bench, **where)["ms_med"]
 
     for label, peer, mine in (
-            ("DPO step, 16 pairs | TRL 1.16 DPOTrainer as it comes (reference run at every step)", theirs("trl_dpo"), ours("dpo")),
+            ("DPO step, 16 pairs | TRL 1.16 DPOTrainer as it comes (reference run at every step)",
+             theirs("trl_dpo"), ours("dpo")),
             ("SFT step, 16 rows, loss on the response | TRL 1.16 SFTTrainer", theirs("trl_sft"), ours("sft")),
             ("reward-model step, 16 pairs | TRL 1.16 RewardTrainer", theirs("trl_rm"), ours("reward_model")),
             ("generate, 16 rows x 48 new tokens | transformers 5.23 generate",
@@ -544,30 +561,35 @@ def bench():
             ("PPO update, 64 responses, 4 passes | TRL 1.12 PPOTrainer, the last with one (another sitting)",
              theirs("trl_ppo"), ours("ppo"))):
         yield f"| {label} | {peer:.0f} | {mine:.0f} | {peer / mine:.1f}x |"
-    for label, items in (("Bradley-Terry, 100 items, 100,000 comparisons", 100), ("Bradley-Terry, 1,000 items, 1,000,000 comparisons", 1000)):
+    for label, items in (("Bradley-Terry, 100 items, 100,000 comparisons", 100),
+                         ("Bradley-Terry, 1,000 items, 1,000,000 comparisons", 1000)):
         mine = row("bench/bt.jsonl", bench="bt", items=items)["ms_median"]
         for name, shown, peer in ((label, "evalica 0.4.2 (Rust)", "evalica.bradley_terry 0.4.2 (Rust)"),
                                   ("the same", "choix 0.4.1", "choix.ilsr_pairwise 0.4.1")):
             other = row("bench/bt.jsonl", bench=peer, items=items)["ms_median"]
             form, ratio = ".1f" if mine < 10 else ".0f", other / mine
             yield f"| {name} | {shown} | {other:.0f} | {mine:{form}} | {ratio:{'.0f' if ratio > 10 else '.1f'}}x |"
-    yield f"1,000 bootstrap resamples of the smaller one take {row('bench/bt.jsonl', bench='bt', items=100)['bootstrap_s']:.1f} s"
+    yield (f"1,000 bootstrap resamples of the smaller one take "
+           f"{row('bench/bt.jsonl', bench='bt', items=100)['bootstrap_s']:.1f} s")
     ppo = row("bench/ours.jsonl", bench="ppo")
     yield f"ours ({ppo['peak_share']:.0%}) is matrix products at the machine's peak"
     bridge, track = (row("bench/dagger.jsonl", task=task) for task in ("bridge", "track"))
     peer = row("bench/dagger.jsonl", bench="imitation 1.0.1 SimpleDAggerTrainer, CartPole")["steps_per_s"]
-    yield (f"{bridge['labels_per_s'] / 1000:.0f},000 labelled steps a second on `bridge` and {track['labels_per_s']:,.0f}".replace("4,733", "4,700")
-           + f" on `track` ({bridge['steps_per_s'] / 1e6:.1f} million and {track['steps_per_s'] / 1000:.0f},000 with the steps of the validation), "
-           f"where imitation 1.0.1 makes {round(peer, -2):,} on CartPole")
+    yield (f"{bridge['labels_per_s'] / 1000:.0f},000 labelled steps a second on `bridge` and "
+           f"{round(track['labels_per_s'], -2):,} "
+           f"on `track` ({bridge['steps_per_s'] / 1e6:.1f} million and {track['steps_per_s'] / 1000:.0f},000 with the steps "
+           f"of the validation), where imitation 1.0.1 makes {round(peer, -2):,} on CartPole")
     fp32, bf16 = (row("bench/dtype.jsonl", dtype=dtype)["ms_median"] for dtype in ("float32", "bfloat16"))
     yield f"an SFT step takes {fp32:.0f} ms in fp32 and {bf16:.0f} ms in bf16"
     similar, random, long, even = read("bench/padding.jsonl")
-    yield (f"{similar['real_share']:.0%} of the computed positions hold a token, {similar['real_tokens_per_s'] / 1000:.0f},000 tokens a "
+    yield (f"{similar['real_share']:.0%} of the computed positions hold a token, "
+           f"{similar['real_tokens_per_s'] / 1000:.0f},000 tokens a "
            f"second; on random batches {random['real_share']:.0%} and {random['real_tokens_per_s'] / 1000:.0f},000")
-    yield f"runs at {long['real_tokens_per_s'] / even['real_tokens_per_s']:.0%} of the speed from as many prompts of one length"
+    yield (f"runs at {long['real_tokens_per_s'] / even['real_tokens_per_s']:.0%} of the speed from as many prompts of one "
+           f"length")
     peak = {(one["bench"], one["batch"]): f"{one['peak_share']:.0%}" for one in read("bench/ours.jsonl")}
-    yield (f"DPO {peak['dpo', 16]}, SFT {peak['sft', 16]}, reward model {peak['reward_model', 16]}, generate {peak['generate', 16]} (16 rows) and "
-           f"{peak['generate', 64]} (64 rows), PPO {peak['ppo', 64]}")
+    yield (f"DPO {peak['dpo', 16]}, SFT {peak['sft', 16]}, reward model {peak['reward_model', 16]}, generate "
+           f"{peak['generate', 16]} (16 rows) and {peak['generate', 64]} (64 rows), PPO {peak['ppo', 64]}")
     quiet = [one["other_cpu"] for name in ("ours", "peers") for one in read(f"bench/{name}.jsonl")]
     assert max(quiet) < 0.1
     yield "every line has `other_cpu` below 0.1"
@@ -604,18 +626,27 @@ def processes():
 
 # ---- the index -------------------------------------------------------------------------------------------------------
 
-def index():
-    """A finding here is a number of the page that its row links to, so it is enough that it stands there, too."""
-    table = (RESULTS / "README.md").read_text(encoding="utf-8")
-    for folder, finding in re.findall(r"^\| \[[^]]*\]\(([\w-]+)[^)]*\) \|.*\| ([^|]*) \|$", table, flags=re.M):
-        page = one_line((RESULTS / folder / "README.md").read_text(encoding="utf-8"))
-        for number in NUMBER.findall(finding):
-            assert number.strip() in page, (folder, finding, number)
-        yield finding
+def findings(page):
+    """(row, its numbers, the pages that it links to) of each row of a table that links to a folder of results/."""
+    for line in page.read_text(encoding="utf-8").splitlines():
+        links = re.findall(r"\]\(([^)#]+)", line) if line.startswith("|") and "[json]" not in line else []
+        folders = {(page.parent / link).resolve() for link in links}
+        folders = [folder for folder in folders if RESULTS in folder.parents and (folder / "README.md").exists()]
+        if folders:
+            text = SETTING.sub("", re.sub(r"\]\([^)]*\)", "]", line))
+            pages = [one_line((folder / "README.md").read_text(encoding="utf-8")) for folder in folders]
+            yield line, NUMBER.findall(text), pages
+
+
+@pytest.mark.parametrize("page", ["README.md", "results/README.md"])
+def test_a_finding_stands_on_the_page_that_it_links_to(page):
+    """The numbers of an index are copies: each stands on the page that its row links to, which has tests of its own."""
+    for line, numbers, pages in findings(ROOT / page):
+        for number in numbers:
+            assert any(number in text for text in pages), (number, line)
 
 
 CLAIMS = {
-    "results/README.md": index,
     "results/reviews/README.md": reviews,
     "results/imdb/README.md": imdb,
     "results/posts/README.md": posts,
@@ -715,7 +746,7 @@ def test_a_page_says_what_its_rows_say(page):
         assert one_line(sentence) in text, f"{page} should say: {one_line(sentence)}"
 
 
-@pytest.mark.parametrize("page", [page for page in CLAIMS if page != "results/README.md"])
+@pytest.mark.parametrize("page", CLAIMS)
 def test_no_number_of_a_page_is_unguarded(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     text = re.sub(r"```.*?```", "", text, flags=re.S)
