@@ -686,6 +686,17 @@ def test_the_frontiers_tables_are_what_the_command_makes_of_the_rows(grid, monke
     assert text == (RESULTS / "reviews" / grid / "table.md").read_text(encoding="utf-8")
 
 
+def test_the_committed_curve_is_of_the_bank_that_the_runs_were_measured_by():
+    """It was computed from a bank that was sampled once more: the same to the last digits."""
+    table = evaluation("reviews/dpo-beta0.1-seed0")["table"]
+    top = table["optimum, up to where 256 samples show it"]
+    assert reviews_scale().curve[-1]["reward"] == pytest.approx(top["reward"], abs=1e-9)
+    assert reviews_scale().curve[-1]["kl"] == pytest.approx(top["kl"], abs=1e-9)
+    for n in (2, 4, 16):
+        one = row("reviews/bank/curve.jsonl", curve="best of n", n=n)
+        assert one["reward"] == pytest.approx(table[f"best of {n}"]["reward"], abs=1e-9)
+
+
 def test_the_table_of_imdb_is_what_the_command_makes_of_the_rows(monkeypatch):
     """But for the shares, as neither its bank nor the bank's curve is committed."""
     flat = frontier.Scale.__new__(frontier.Scale)
