@@ -1,0 +1,774 @@
+"""The numbers of the pages are what the committed rows say.
+
+For each page of results/ there is a function below that yields its sentences and table rows, with every number computed from
+the rows. Each must stand in the page, word for word (line breaks aside). What is left of the page when these are taken away
+may have no decimal number, no percentage and no ±, unless its paragraph says "no rows kept", it is a setting, or it is listed
+in KNOWN with its source. A page elsewhere (README.md, docs/) is guarded in the same way: a function, and a line in CLAIMS.
+
+On README.md and results/README.md the numbers of a row that links to a folder of results/ must stand on that folder's page.
+Rows `| ... | [json](PATH#row) |` are checked on every page, wherever it is.
+"""
+import functools
+import json
+import math
+import re
+import statistics
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import evaluate
+from common.statistics import mean_se
+from experiments import frontier, scaling, winrate
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(RESULTS.rglob("*.md"))]
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+@functools.cache
+def read(path):
+    return [json.loads(line) for line in (RESULTS / path).read_text(encoding="utf-8").splitlines()]
+
+
+def rows(path, **where):
+    """The rows of a jsonl below results/ whose values are these; at least one."""
+    found = [row for row in read(path) if all(row.get(name) == value for name, value in where.items())]
+    assert found, (path, where)
+    return found
+
+
+def row(path, **where):
+    found = rows(path, **where)
+    assert len(found) == 1, (path, where, len(found))
+    return found[0]
+
+
+def evaluation(run):
+    return json.loads((RESULTS / run / "evaluation.json").read_text(encoding="utf-8"))
+
+
+def last(path):
+    return read(path)[-1]
+
+
+def column(found, name):
+    return [one[name] for one in found]
+
+
+def signed(value, form):
+    return f"{value:+{form}}".replace("-", "−")
+
+
+def pm(values, form, gap=" ± "):
+    """0.779 ± 0.006: mean and standard error over the values."""
+    mean, error = mean_se(values)
+    return f"{mean:{form}}{gap}{error:{form}}"
+
+
+def cells(*parts):
+    """A row of a table; a part may be a list of cells."""
+    flat = [one for part in parts for one in ([part] if isinstance(part, str) else part)]
+    return "| " + " | ".join(flat) + " |"
+
+
+def one_line(text):
+    return re.sub(r"\s+", " ", text)
+
+
+# ---- reviews ---------------------------------------------------------------------------------------------------------
+
+def reviews_scale():
+    """The optimum of `reviews` as committed, in the place of a bank."""
+    scale = frontier.Scale.__new__(frontier.Scale)
+    scale.curve = rows("reviews/bank/curve.jsonl", curve="optimum")
+    scale.reference = row("reviews/bank/curve.jsonl", curve="reference")["reward"]
+    return scale
+
+
+def best_of_n_at(kl):
+    return max(rows("reviews/bank/curve.jsonl", curve="best of n"), key=lambda one: (one["kl"] <= kl, one["n"]))
+
+
+def share_at(paths, kl, form=".0%"):
+    """What the best setting of a method has at a KL: share of the optimum."""
+    cell = reviews_scale().cell(kl, *frontier.best_at(paths, kl)[:2])
+    return f"{'' if cell.known else '≤ '}{cell.share:{form}}"
+
+
+def ends(method_rows):
+    return [one for one in method_rows if one["last"]]
+
+
+def end_line(path, method):
+    """(reward ± se, KL ± se, share ± se) of a method with one setting, the KL, and the share as a number."""
+    own = ends(rows(path, method=method))
+    assert len(own) == 3
+    kl = mean_se(column(own, "kl"))[0]
+    cell = reviews_scale().cell(kl, *mean_se(column(own, "reward")))
+    share = f"{'' if cell.known else '≤ '}{cell.share:.0%} ± {100 * cell.share_se:.0f}"
+    return f"{pm(column(own, 'reward'), '.3f')} | {pm(column(own, 'kl'), '.2f')} | {share}", kl, 100 * cell.share
+
+
+def with_half_beta():
+    """The frontier's DPO and, on the same line between settings, the runs at beta 0.5 of the grid `why`."""
+    extra = [{**one, "lr_factor": 1} for one in rows("reviews/frontier-why/results.jsonl", method="DPO")]
+    return frontier.by_method([*frontier.with_lr_factor(rows("reviews/frontier/results.jsonl")), *extra])["DPO"]
+
+
+def difference(a, b, kl):
+    a, b = frontier.best_at(a, kl), frontier.best_at(b, kl)
+    return f"{signed(a.reward - b.reward, '.3f')} ± {math.hypot(a.se, b.se):.3f}"
+
+
+def reviews():
+    methods = frontier.by_method(rows("reviews/frontier/results.jsonl"))
+    dpo, ppo, ppo_gt = methods["DPO"], methods["PPO"], methods["PPO-GT"]
+    scale = reviews_scale()
+
+    # ---- the frontier: the whole table (compared with the rows in a test of its own), and how to read it
+    for line in (RESULTS / "reviews/frontier/table.md").read_text(encoding="utf-8").split("\n\n")[0].splitlines():
+        yield line
+    for method in ("DPO", "PPO", "PPO-GT"):  # "no policy that was run"
+        for kl in frontier.KLS:
+            best = frontier.best_at(methods[method], kl)
+            assert best is None or best.setting == "between settings"
+    final = ends(read("reviews/frontier/results.jsonl"))
+    errors = [one["reward_se"] for one in final if one["method"] in ("DPO", "PPO", "PPO-GT")]
+    yield f"a single evaluation has an error of {min(errors):.3f} to {max(errors):.3f} over prompts"
+    yield f"Beyond {scale.curve[-1]['kl']:.2f} nats the optimum is known from below only"
+    top = ends(rows("reviews/frontier/results.jsonl", method="DPO", setting="beta 0.1, lr 0.0008"))
+    reward, kl = mean_se(column(top, "reward"))[0], mean_se(column(top, "kl"))[0]
+    a, b = next((a, b) for a, b in zip(scale.curve, scale.curve[1:]) if a["reward"] <= reward <= b["reward"])
+    same = a["kl"] + (b["kl"] - a["kl"]) * (reward - a["reward"]) / (b["reward"] - a["reward"])
+    yield (f"DPO's {reward:.3f} at {kl:.2f} nats is \"≤ {scale.cell(kl, reward, 0).share:.0%}\", but the optimum has that "
+           f"reward at {same:.1f} nats")
+
+    # ---- DPO against PPO
+    def end(method, setting):
+        return mean_se(column(ends(rows("reviews/frontier/results.jsonl", method=method, setting=setting)), "kl"))[0]
+
+    yield (f"no setting that ends between {end('DPO', 'beta 1'):.2f} nats (β = 1) and {end('DPO', 'beta 0.3'):.2f} (β = 0.3)")
+    half = ends(rows("reviews/frontier-why/results.jsonl", method="DPO"))
+    yield f"({pm(column(half, 'reward'), '.3f')} at {mean_se(column(half, 'kl'))[0]:.2f} nats)"
+    targets = [f"{end('PPO', f'target kl {target}'):.2f}" for target in (1, 2, 3, 6)]
+    yield f"its ends are at {', '.join(targets[:-1])} and {targets[-1]} nats"
+    kls = (0.8, 1, 1.2, 1.5, 2, 2.5, 3, 4, 8)
+    yield cells("", [f"{kl:g}" for kl in kls[:-1]], f"{kls[-1]} nats").replace("|  |", "| |")
+    for name, other in (("PPO", ppo), ("PPO-GT", ppo_gt)):
+        known = [kl for kl in kls if frontier.best_at(other, kl)]
+        for label, own, shown in (("this grid", dpo, frontier.KLS), ("with β = 0.5", with_half_beta(), kls)):
+            yield cells(f"DPO − {name}, {label}",
+                        [difference(own, other, kl) if kl in shown and kl in known else "" for kl in kls])
+    with_half = {kl: frontier.best_at(with_half_beta(), kl).reward - frontier.best_at(ppo, kl).reward for kl in kls}
+    assert all((with_half[kl] > 0) == (kl <= 1.5) for kl in kls)
+    yield "DPO is above PPO below about 1.5 nats, and below it from 2.5 to 3 nats on"
+    lead = [with_half[kl] for kl in kls if kl <= 1.5]
+    least = min(one["kl"] for one in ends(rows("reviews/frontier/results.jsonl", method="PPO")))
+    for other, least_kl in ((ppo, 2.5), (ppo_gt, 0.8)):
+        for kl in kls:
+            if kl >= least_kl and (there := frontier.best_at(other, kl)):
+                own = frontier.best_at(with_half_beta(), kl)
+                assert (there.reward - own.reward) / math.hypot(there.se, own.se) > 2.8
+    yield "PPO's lead from 2.5 nats on, and PPO-GT's from 0.8 nats on, are about three errors or more"
+    yield (f"DPO's lead below 1.5 nats is small, {min(lead):.3f} to {max(lead):.3f}, and of chords as well. PPO has no run "
+           f"that ends below {least:.2f} nats")
+    for kl in (0.8, 1, 2, 3, 4, 6):
+        assert frontier.best_at(with_half_beta(), kl).reward < frontier.best_at(ppo_gt, kl).reward
+    yield "PPO-GT is above DPO from 0.8 nats on"
+    unlikelihood = methods["Unlikelihood"]
+    at = {kl: (frontier.best_at(unlikelihood, kl).reward, frontier.best_at(dpo, kl)) for kl in (0.5, 0.8)}
+    preferred = mean_se(column(ends(rows("reviews/frontier/results.jsonl", method="Preferred-FT")), "reward"))[0]
+    far = column(ends(rows("reviews/frontier/results.jsonl", method="Unlikelihood", setting="alpha 1")), "kl")
+    yield (f"Preferred-FT stops at {preferred:.2f}. Unlikelihood is below DPO at 0.5 nats ({at[0.5][0]:.3f} against "
+           f"{at[0.5][1].reward:.3f} ± {at[0.5][1].se:.3f}), level with it at 0.8 ({at[0.8][0]:.3f} against "
+           f"{at[0.8][1].reward:.3f}), and below it from there on; at α = 1 it ends {min(far):.0f} to {max(far):.0f} nats away")
+    rates = frontier.learning_rates(rows("reviews/frontier/results.jsonl"))[0.1]
+    yield f"from 5e-5 to 8e-4 it moves the KL from {rates[5e-5]:.1f} to {rates[8e-4]:.0f} nats at β = 0.1"
+    six, nineteen = best_of_n_at(1), best_of_n_at(2)
+    assert six["n"] == 6
+    yield (f"at 2 nats it has {scale.cell(2, nineteen['reward'], 0).share:.0%} of it. Its "
+           f"{scale.cell(1, six['reward'], 0).share:.0%} "
+           f"at 1 nat is n = 6, whose KL is at most {six['kl']:.2f} nats: at that KL it has "
+           f"{scale.cell(six['kl'], six['reward'], 0).share:.0%}, too")
+
+    # ---- why
+    why = "reviews/frontier-why/results.jsonl"
+    gain = {}
+    for label, method, usual, name in (
+            ("DPO, β = 0.5, 9,120 pairs", "DPO", dpo, "DPO"),
+            ("the same pairs, labels without noise", "DPO, noise-free labels", dpo, "DPO"),
+            ("ten times the pairs", "DPO, 10x pairs", dpo, "DPO"),
+            ("PPO, β = 0.15, reward model of 9,120 pairs", "PPO", ppo, "PPO"),
+            ("reward model of ten times the pairs", "PPO, 10x pairs", ppo, "PPO"),
+            ("PPO-GT, β = 0.15", "PPO-GT", ppo_gt, "PPO-GT")):
+        line, kl, share = end_line(why, method)
+        chord = " (a long chord)" if method == "DPO" else ""
+        yield f"| {label} | {line} | {name} {share_at(usual, kl)}{chord} |"
+        gain[method] = share - 100 * scale.cell(kl, *frontier.best_at(usual, kl)[:2]).share
+    yield (f"ten times as many are worth {gain['DPO, 10x pairs']:.0f} points to DPO and at most "
+           f"{gain['PPO, 10x pairs']:.0f} to PPO")
+    more = end_line(why, "PPO, 10x pairs")
+    yield f"(which has {share_at(ppo_gt, more[1])} at {more[1]:.2f} nats)"
+    yield f"costs DPO {gain['DPO, noise-free labels']:.0f} points at the same KL"
+    _, kl, share = end_line(why, "DPO, 10x pairs")
+    yield f"{share:.0f}% at {kl:.2f} nats, and ≤ {more[2]:.0f}% at {more[1]:.2f}"
+
+    # ---- ablation
+    ablation = "reviews/frontier-ablation/results.jsonl"
+    found = {}
+    for label, method in (
+            ("REINFORCE, baseline: the mean of the prompt's other responses", "REINFORCE, leave-one-out"),
+            ("REINFORCE, baseline: a value network", "REINFORCE, value network"),
+            ("PPO: two passes over each batch, clipped", "PPO"),
+            ("no clipping", "PPO, no clipping"), ("λ = 0.95", "PPO, lam 0.95"), ("four passes", "PPO, 4 epochs")):
+        line, kl, share = end_line(ablation, method)
+        there = 100 * scale.cell(kl, *frontier.best_at(ppo_gt, kl)[:2]).share
+        yield f"| {label} | {line} | {share_at(ppo_gt, kl)} |"
+        found[method] = (share, share - there)
+    below = sorted(-found[name][1] for name in ("REINFORCE, leave-one-out", "REINFORCE, value network"))
+    yield (f"With one pass REINFORCE is {below[0]:.0f} to {below[1]:.0f} points below PPO-GT, which makes two, at the same "
+           f"KL; four passes are {found['PPO, 4 epochs'][1]:.1f} above it")
+    yield f"λ = 0.95 is {found['PPO, lam 0.95'][1]:.1f} points above λ = 1 at the same KL"
+
+    # ---- single runs
+    steps = {run: evaluation(f"reviews/{run}") for run in ("dpo-beta0.1-seed0", "dpo-beta0.1-seed1", "dpo-beta0.1-seed2",
+                                                           "dpo-beta1-seed0")}
+    small = sorted(100 * one["held_out_accuracy"] for run, one in steps.items() if "0.1" in run)
+    pairs = json.loads((RESULTS / "reviews/pairs-bt/config.json").read_text())
+    agree, held_out = pairs["labels_agree_with_gold"], pairs["pairs"] // 20
+    yield f"PPO's reward model share {pairs['pairs'] - held_out:,} labelled pairs"
+    yield (f"On {held_out} held-out pairs, whose labels agree with the gold reward {agree:.0%} of the time, DPO's implicit "
+           f"reward is right "
+           f"about {100 * steps['dpo-beta1-seed0']['held_out_accuracy']:.1f}% of the labels at β = 1 and {small[0]:.1f} to "
+           f"{small[-1]:.1f}% at β = 0.1; the explicit reward model of the same pairs is right about "
+           f"{100 * last('reviews/reward-model/log.jsonl')['held_out_accuracy']:.1f}%")
+    two = json.loads((RESULTS / "processes/dpo-two.json").read_text())
+    end = two["table"][two["name"]]
+    yield f"Two processes end with {end['reward']:.3f} at {end['kl']:.2f} nats"
+    hours = [sum(one["seconds"] for one in ends(rows(f"reviews/{grid}/results.jsonl"))) / 3600
+             for grid in ("frontier", "frontier-why", "frontier-ablation")]
+    yield (f"they are {hours[0]:.1f} hours of one core for the frontier, {hours[1]:.1f} for `why` and {hours[2]:.1f} for "
+           f"`ablation`")
+
+
+# ---- imdb ------------------------------------------------------------------------------------------------------------
+
+def imdb():
+    found = read("imdb/frontier/results.jsonl")
+
+    def at(method, setting, step, shown):
+        one = row("imdb/frontier/results.jsonl", method=method, setting=setting, step=step)
+        return f"{one['reward']:.3f} ± {one['reward_se']:.3f} at {one['kl']:.2f} ({shown})"
+
+    yield (f"| 1 nat | {at('DPO', 'beta 1', 200, 'β = 1')} | {at('PPO', 'target kl 1', 60, 'target 1')} | "
+           f"{at('PPO-GT', 'target kl 1', 60, 'target 1')} |")
+    yield (f"| 1.3 nats | {at('DPO', 'beta 1', 300, 'β = 1')} | {at('PPO', 'target kl 1', 40, 'target 1')} | "
+           f"{at('PPO-GT', 'target kl 1', 40, 'target 1')} |")
+    yield (f"| 3 nats | not measured | {at('PPO', 'target kl 3', 60, 'target 3')} | "
+           f"{at('PPO-GT', 'target kl 3', 20, 'target 3')} |")
+    yield (f"| 4.4 nats | {at('DPO', 'beta 0.1', 100, 'β = 0.1')} | {at('PPO', 'target kl 3', 20, 'target 3')} | "
+           f"not measured |")
+    dpo, ppo = (row("imdb/frontier/results.jsonl", method=method, setting=setting, step=step)
+                for method, setting, step in (("DPO", "beta 0.1", 100), ("PPO", "target kl 3", 20)))
+    assert abs(dpo["reward"] - ppo["reward"]) < ppo["reward_se"]
+    level = (dpo["kl"] + ppo["kl"]) / 2
+    yield f"At {level:.1f} nats DPO and PPO are level"
+    yield f"DPO is above PPO up to about 1.4 nats and level with it at {level:.1f}"
+    kls = sorted(one["kl"] for one in found if one["method"] == "DPO")
+    gap = max(zip(kls, kls[1:]), key=lambda two: (two[0] < 4, two[1] - two[0]))
+    yield f"DPO was never measured between {gap[0]:.1f} nats (β = 1) and {gap[1]:.1f} (the first evaluation at β = 0.1)"
+    methods = frontier.by_method(found)
+    chords = [f"{frontier.best_at(methods[name], 2).reward:.3f}" for name in ("DPO", "PPO", "PPO-GT")]
+    assert all(frontier.best_at(methods[name], 2).setting == "between settings" for name in ("DPO", "PPO", "PPO-GT"))
+    yield f"At 2 nats all three are chords, and no further apart than their errors ({', '.join(chords)})"
+
+    def measured(method, kl):  # on the run of target or beta that is best there, between two evaluations
+        setting = "beta 1" if method == "DPO" else "target kl 1"
+        path = rows("imdb/frontier/results.jsonl", method=method, setting=setting)
+        return frontier.reward_at([one for one in path if one["step"]], kl)
+
+    above = {other: statistics.mean(measured("DPO", kl) - measured(other, kl) for kl in kls)
+             for other, kls in (("PPO", (1.2, 1.3, 1.4)), ("PPO-GT", (1.1, 1.2, 1.3)))}
+    yield f"Up to about 1.4 nats DPO is above PPO-GT by some {above['PPO-GT']:.2f}, and above PPO by some {above['PPO']:.2f}"
+    samples = {one["samples"] for one in found if one["method"] == "PPO"}
+    pairs = json.loads((RESULTS / "imdb/pairs-argmax/config.json").read_text())
+    yield f"PPO drew {samples.pop():,} responses for its updates; the pairs took {pairs['prompts'] * pairs['samples']:,}"
+    one = [evaluation(f"imdb/dpo-beta1-seed{seed}")["table"]["DPO beta 1"] for seed in (0, 1)]
+    shares, nats = sorted(column(one, "share")), sorted(column(one, "kl"))
+    small = evaluation("imdb/dpo-beta0.1-seed0")["table"]
+    yield (f"β = 1 takes {100 * shares[0]:.0f} to {100 * shares[1]:.0f}% of the possible gain at {nats[0]:.1f} to "
+           f"{nats[1]:.1f} nats. "
+           f"β = 0.1 takes nearly all of it, but at {small['DPO beta 0.1']['kl']:.0f} nats, where best of 16 has "
+           f"{small['best of 16']['share']:.0%} at less than 2")
+    limit = small["optimum, up to where 64 samples show it"]["kl"]
+    yield f"So few show the optimum up to {limit:.2f} nats"
+    gold = last("imdb/gold/log.jsonl")
+    words = ("50_words", "100_words", "200_words", "whole")
+    yield cells("ours", [f"{100 * gold['test_accuracy_' + length]:.1f}" for length in words])
+    yield f"right {100 * gold['test_accuracy_100_words']:.1f}% at 100 words"
+    sft = last("imdb/sft/log.jsonl")
+    yield f"6,500 steps of 32 reviews of 96 tokens (2.7 passes): {sft['bits_per_byte']:.3f} bits per byte"
+    yield f"1,000 held-out reviews | {sft['seconds'] / 60:.0f} min on one core"
+    assert sft["step"] == 6500
+    minutes = {f"{last(f'imdb/{run}/log.jsonl')['seconds'] / 60:.0f}" for run in ("dpo-beta0.1-seed0", "dpo-beta1-seed0")}
+    yield f"one pass over {pairs['pairs'] * 19 // 20:,} pairs | {minutes.pop()} min on two cores"
+    hours = sum(one["seconds"] for one in found if one["last"]) / 3600
+    yield f"fp32 weights and bf16 products, {hours:.1f} hours in all"
+
+
+# ---- posts and tldr --------------------------------------------------------------------------------------------------
+
+def win_rate_tables(task):
+    """The lines of winrate/table.md, which a test of its own compares with the rows."""
+    for line in (RESULTS / task / "winrate/table.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("|"):
+            yield line
+
+
+def posts():
+    yield from win_rate_tables("posts")
+    found = "posts/winrate/results.jsonl"
+
+    def rate(method, temperature, n=1):
+        return f"{100 * row(found, method=method, temperature=temperature, n=n)['win_rate']:.0f}%"
+
+    yield f"Greedy, SFT alone wins {rate('SFT', 0.0)}"
+    yield f"at T = 1 they win {rate('DPO', 1.0)} and {rate('PPO', 1.0)} where SFT wins {rate('SFT', 1.0)}"
+    best = max(rows(found, method="best of n", temperature=1.0), key=lambda one: one["win_rate"])
+    yield (f"rises to {best['win_rate']:.0%} at n = {best['n']} and falls to {rate('best of n', 1.0, 128)} at n = 128, "
+           f"while the gold reward's own best of 128 wins {rate('best of n by the gold reward', 1.0, 128)}")
+    shown = [one for one in read(found) if one["n"] in (1, 128)]
+    gaps = max(abs(one["win_rate"] - one["length_controlled"]) for one in shown)
+    yield (f"the mean lengths are {min(column(shown, 'words')):.0f} to {max(column(shown, 'words')):.0f} words, and the "
+           f"length-controlled rates are within {math.ceil(100 * gaps)} points")
+    sft = last("posts/sft/log.jsonl")
+    yield (f"{sft['step']:,} steps, {sft['nats_per_token']:.3f} nats a token on held-out summaries "
+           f"({sft['nats_per_document']:.1f} nats a summary)")
+    pairs = json.loads((RESULTS / "posts/pairs-bt/config.json").read_text())
+    held = [100 * evaluation(f"posts/dpo-beta0.1-seed{seed}")["held_out_accuracy"] for seed in range(3)]
+    yield f"{pairs['pairs']:,} noisy pairs teach style"
+    table = (RESULTS / "posts/winrate/table.md").read_text(encoding="utf-8")
+    yield f"the reference summaries of {re.search(r'the reference summaries .([0-9.]+) words', table)[1]} words"
+    yield (f"The labels agree with the gold order in {pairs['labels_agree_with_gold']:.0%}, DPO's implicit reward with "
+           f"held-out labels in {min(held):.0f} to {max(held):.0f}%, the [reward model](reward-model) in "
+           f"{last('posts/reward-model/log.jsonl')['held_out_accuracy']:.0%}")
+
+    sizes = read("posts/scaling/results.jsonl")
+    assert len(sizes) == 29
+    for line in scaling.markdown(sizes).split("\n\n")[0].splitlines():
+        yield line
+    yield (f"the true reward is right about {100 * sizes[0]['ceiling']:.1f}% of them only")
+    doubled = {name: f"{100 * slope:.1f} ± {100 * error:.1f}" for name, (slope, error) in scaling.doublings(sizes).items()}
+    yield f"Twice the pairs add {doubled['pairs']} points, twice the parameters {doubled['parameters']}"
+
+
+def tldr():
+    yield from win_rate_tables("tldr")
+    found = "tldr/winrate/results.jsonl"
+    runs = {method: [evaluation(f"tldr/{method}-beta0.1-seed{seed}") for seed in range(3)] for method in ("dpo", "ppo")}
+    own = {method: [one["table"][one["name"]] for one in runs[method]] for method in runs}
+    assert not any(one["share_known"] for method in own for one in own[method])  # "at most"
+    accuracy = [f"{100 * one['held_out_accuracy']:.1f}" for one in runs["dpo"]]
+    loss = [f"{one['held_out_loss']:.3f}" for one in runs["dpo"]]
+    yield (f"DPO is right about {accuracy[0]}, {accuracy[1]} and {accuracy[2]}% of held-out pairs, at a loss of {loss[0]}, "
+           f"{loss[1]} and {loss[2]}, where ln 2 = {math.log(2):.3f} is chance")
+
+    def span(method, name, form, factor=1.0):
+        values = sorted(factor * value for value in column(own[method], name))
+        return f"{values[0]:{form}} to {values[-1]:{form}}"
+
+    dpo_kl = column(own["dpo"], "kl")
+    yield (f"Its runs end {math.floor(min(dpo_kl))} to {math.ceil(max(dpo_kl))} nats from SFT with at most "
+           f"{span('dpo', 'share', '.0f', 100)}% of the optimum, PPO's at {span('ppo', 'kl', '.0f')} nats with at most "
+           f"{span('ppo', 'share', '.0f', 100)}%")
+    yield (f"(ROUGE-L {runs['dpo'][0]['table']['SFT']['reward']:.3f} → {span('dpo', 'reward', '.3f')} for DPO, "
+           f"{span('ppo', 'reward', '.3f')} for PPO)")
+    greedy = [row(found, texts="test prompts", method=method, temperature=0.0) for method in ("PPO", "DPO")]
+    loses = [f"{100 * one['win_rate']:.0f} ± {100 * one['win_rate_se']:.0f}" for one in greedy]
+    yield f"Greedy, PPO loses ({loses[0]}), and DPO is level with SFT or a little below it ({loses[1]})"
+    yield f"right about {100 * last('tldr/reward-model/log.jsonl')['held_out_accuracy']:.1f}% of held-out ones"
+    ppo = row(found, texts="test prompts", method="PPO", temperature=1.0)
+    yield (f"PPO's length-controlled rate at T = 1, {100 * ppo['length_controlled']:.0f} ± "
+           f"{100 * ppo['length_controlled_se']:.0f}")
+
+    def rate(texts, method, temperature, n=1):
+        return f"{100 * row(found, texts=texts, method=method, temperature=temperature, n=n)['win_rate']:.0f}%"
+
+    news = [rate("news articles", method, T) for method in ("DPO", "PPO") for T in (0.0, 0.25)]
+    yield f"On articles DPO wins {news[0]} and {news[1]} where PPO wins {news[2]} and {news[3]}"
+    gold = "best of n by the gold reward"
+    yield (f"The best of four by ROUGE-L itself wins {rate('test prompts', gold, 0.25, 4)} at T = 0.25, and "
+           f"{rate('test prompts', gold, 1.0, 4)} at T = 1")
+    mascara = rows("tldr/winrate/samples.jsonl", id="92a54cc4b2a2")[0]["PPO"].strip()
+    yield f'*"{mascara}"*'
+
+    lines = (RESULTS / "tldr/agreement.txt").read_text().splitlines()
+    for label, name in (("another person", "another person, all"), ("the longer one", "the longer one, all"),
+                        ("ROUGE-L against the author", "ROUGE-L, all"),
+                        ("a reward model of 950 comparisons, on held-out posts", "runs/tldr/reward-model-human, test")):
+        line = next(line for line in lines if line.startswith(name + " "))[len(name):]
+        agreed, low, high, count = re.search(r"([\d.]+)%\s+([\d.]+)% to ([\d.]+)%\s+([\d,]+)", line).groups()
+        yield cells(label, f"{agreed}%", f"{low} to {high}%", count)
+    published = lines[-1].removeprefix("people with people in Stiennon et al. (2020): ")
+    yield f"People agree with each other in {published} (Stiennon et al. 2020)"
+
+    data = json.loads((RESULTS / "tldr/data.json").read_text())
+    splits = ("train", "valid", "test")
+    summarised = sum(data["rows"][split] + sum(data["dropped"][split].values()) for split in splits)
+    yield (f"{summarised:,} self-posts of Reddit, 2013, with their authors' TL;DR, {data['rows']['pretrain']:,} posts to "
+           f"pretrain on")
+    yield f"{data['rows']['train']:,} are left to train on, {data['rows']['test']} to test on"
+    long = sum(data["dropped"][split]["prompt_too_long"] for split in splits) / summarised
+    assert 0.7 < long < 0.8  # "three quarters of the posts go"
+    yield f"{last('tldr/pretrained/log.jsonl')['nats_per_token']:.2f} nats a token on summaries of the validation set"
+    sft = last("tldr/sft/log.jsonl")
+    yield f"{sft['nats_per_token']:.2f} nats a token ({sft['bits_per_byte']:.2f} bits per byte)"
+
+
+# ---- items and behaviour ---------------------------------------------------------------------------------------------
+
+def bt():
+    sizes = [one for one in read("bt/results.jsonl") if "comparisons" in one]
+    yield cells("comparisons", [f"{one['comparisons']:,}" for one in sizes])
+    yield cells("error of a strength", [f"{one['rms_error']:.3f}" for one in sizes])
+    items = [one for one in read("bt/results.jsonl") if "item" in one]
+    off = [abs(one["fitted"] - one["true"]) / (1.96 * one["error"]) for one in items]
+    assert sum(one < 1 for one in off) == 6 and len(off) == 8 and max(off) < 1.1
+    yield "The truth is inside six of the eight 95% intervals and just outside of two"
+
+
+def dueling():
+    def regret(bandit, step):
+        one = row("dueling/results.jsonl", bandit=bandit, step=step)
+        return f"{one['regret']:.0f} ± {one['regret_se']:.0f}"
+
+    for bandit in ("uniform", "interleaved filter", "RUCB"):
+        yield cells(bandit, [regret(bandit, step) for step in (300, 3000, 30000)])
+    uniform = row("dueling/results.jsonl", bandit="uniform", step=30000)["regret"]
+    yield f"After 30,000 comparisons RUCB's regret is {regret('RUCB', 30000)}, that of random pairs (uniform) {uniform:,.0f}"
+    slope = next(one for one in read("dueling/results.jsonl") if "slope" in one)
+    yield (f"RUCB's regret grows as {slope['slope']:.1f} log T; in the long run no algorithm does better than "
+           f"{slope['bound']:.1f} log T")
+
+
+def preference_rl():
+    path = "preference-rl/results.jsonl"
+
+    def angle(way, answers):
+        return column(rows(path, experiment="asking", way=way, answers=answers), "degrees")
+
+    def returns(way, answers):
+        return column(rows(path, experiment="backflips", way=way, answers=answers), "return")
+
+    for way in ("random", "volume", "information"):
+        yield cells(way, [pm(angle(way, answers), ".1f") for answers in (5, 10, 20, 40, 60)])
+    for way in ("random", "information"):
+        yield cells(way, [pm(returns(way, answers), ".1f") for answers in range(0, 121, 20)])
+    yield f"with the true reward the same planner gets {pm(returns('true reward', 0), '.1f')}"
+    degrees = [mean_se(angle(way, 60))[0] for way in ("information", "random", "volume")]
+    yield (f"Asking for information finds a person's weights to {degrees[0]:.0f}° with 60 answers, random questions to "
+           f"{degrees[1]:.0f}°, and volume removal to {degrees[2]:.0f}°")
+    assert min(returns("information", 20)) > 60  # of 71.7: it stands
+    stands = {answers: sum(value > 60 for value in returns("random", answers)) for answers in (60, 120)}
+    assert stands == {60: 9, 120: 9}
+    yield ("With questions chosen for information 20 answers are enough, for all ten simulated people; with random "
+           "questions it works for 9 of the ten after 60 answers, and for one not even after 120")
+    sure = [statistics.mean(column(rows(path, experiment="backflips", way=way, answers=120), "near_certain"))
+            for way in ("random", "information")]
+    yield f"more than 95% certain in {sure[0]:.0%}, of those to questions chosen for information in {sure[1]:.0%}"
+
+
+def dagger():
+    def costs(folder, method, horizon):
+        own = column(rows(f"dagger/{folder}/results.jsonl", method=method, horizon=horizon, labels=30720), "cost")
+        assert len(own) == 20
+        return own
+
+    def slope(folder, method):
+        return next(one for one in rows(f"dagger/{folder}/results.jsonl", method=method) if "slope" in one)
+
+    for label, folder, method, digits in (("cloning", "bridge", "cloning", (4, 3, 3, 3, 2, 2)),
+                                          ("DAgger", "bridge", "DAgger", (4, 4, 4, 3, 3, 3)),
+                                          ("DAgger, `--schedule first`", "bridge-first", "DAgger", (4, 4, 4, 3, 3, 3)),
+                                          ("cloning, shallow water", "bridge", "cloning, shallow", (4, 4, 4, 3, 3, 3))):
+        fit = slope(folder, method)
+        yield cells(label, [pm(costs(folder, method, T), f".{n}f") for T, n in zip((8, 16, 32, 64, 128, 256), digits)],
+                    f"{fit['slope']:.2f} ({fit['slope_low']:.2f} to {fit['slope_high']:.2f})")
+    steps = [mean_se(costs("bridge", method, 256))[0] for method in ("cloning", "DAgger")]
+    yield (f"Cloning's cost grows as T^{slope('bridge', 'cloning')['slope']:.2f}, DAgger's as "
+           f"T^{slope('bridge', 'DAgger')['slope']:.2f}. "
+           f"At T = 256 that is {steps[0]:.1f} against {steps[1]:.1f} steps in the water")
+    yield f"cloning pays T^{slope('bridge', 'cloning, shallow')['slope']:.2f} too"
+
+    def errs(folder, horizon):
+        own = rows(f"dagger/{folder}/results.jsonl", method="DAgger", horizon=horizon, labels=30720)
+        return statistics.mean(column(own, "epsilon"))
+
+    yield f"({errs('bridge-first', 8):.4f} at T = 8, {errs('bridge-first', 256):.4f} at T = 256)"
+    yield f"the error rate is {errs('bridge', 256):.4f} at T = 256"
+
+    def laps(method, labels):
+        return [100 * one["laps"] for one in rows("dagger/track/results.jsonl", method=method, labels=labels)]
+
+    for method in ("cloning", "DAgger"):
+        yield cells(method, [pm(laps(method, labels), ".0f", "% ± ") for labels in (740, 1480, 2960, 5920)])
+    yield (f"With 2,960 labels DAgger's cars finish {pm(laps('DAgger', 2960), '.0f')}% of their laps on the road, cloning's "
+           f"{pm(laps('cloning', 2960), '.0f')}%")
+
+
+def distill():
+    for label, path, method, form in (
+            ("8,000 labelled responses: cloning", "distill/results.jsonl", "cloning", ".2f"),
+            ("on-policy (DAgger)", "distill/results.jsonl", "on-policy", ".2f"),
+            ("400 labelled responses, 400 steps: cloning", "distill/few-responses/results.jsonl", "cloning", ".1f"),
+            ("on-policy (DAgger)", "distill/few-responses/results.jsonl", "on-policy", ".1f")):
+        own = rows(path, method=method)
+        early, late = [[statistics.mean(one["kl_by_position"][a:b]) for one in own] for a, b in ((0, 10), (20, 30))]
+        yield (f"| {label} | {pm(column(own, 'kl'), form)} | {pm(early, '.3f')} | {pm(late, '.3f')} | "
+               f"{pm(column(own, 'reward'), '.3f')} |")
+    yield f"(the teacher's is {read('distill/results.jsonl')[0]['teacher_reward']:.3f})"
+    falls = {}
+    for method in ("cloning", "on-policy"):
+        paths = column(rows("distill/results.jsonl", method=method), "kl_by_position")
+        falls[method] = [statistics.mean(path[i] for path in paths) for i in (0, 19)]
+    assert len({tuple(f"{value:.{n}f}" for value, n in zip(two, (1, 2))) for two in falls.values()}) == 1  # "for both methods"
+    yield (f"from {falls['cloning'][0]:.1f} nats at the first token to {falls['cloning'][1]:.2f} at the twentieth, for both "
+           f"methods")
+
+
+# ---- machines --------------------------------------------------------------------------------------------------------
+
+def bench():
+    def ours(bench, **where):
+        return row("bench/ours.jsonl", bench=bench, **where)["ms_median"]
+
+    def theirs(bench, **where):
+        return row("bench/peers.jsonl", bench=bench, **where)["ms_med"]
+
+    for label, peer, mine in (
+            ("DPO step, 16 pairs | TRL 1.16 DPOTrainer as it comes (reference run at every step)",
+             theirs("trl_dpo"), ours("dpo")),
+            ("SFT step, 16 rows, loss on the response | TRL 1.16 SFTTrainer", theirs("trl_sft"), ours("sft")),
+            ("reward-model step, 16 pairs | TRL 1.16 RewardTrainer", theirs("trl_rm"), ours("reward_model")),
+            ("generate, 16 rows x 48 new tokens | transformers 5.23 generate",
+             theirs("hf_generate", batch=16), ours("generate", batch=16)),
+            ("generate, 64 rows x 48 new tokens | transformers 5.23 generate",
+             theirs("hf_generate", batch=64), ours("generate", batch=64)),
+            ("PPO update, 64 responses, 4 passes | TRL 1.12 PPOTrainer, the last with one (another sitting)",
+             theirs("trl_ppo"), ours("ppo"))):
+        yield f"| {label} | {peer:.0f} | {mine:.0f} | {peer / mine:.1f}x |"
+    for label, items in (("Bradley-Terry, 100 items, 100,000 comparisons", 100),
+                         ("Bradley-Terry, 1,000 items, 1,000,000 comparisons", 1000)):
+        mine = row("bench/bt.jsonl", bench="bt", items=items)["ms_median"]
+        for name, shown, peer in ((label, "evalica 0.4.2 (Rust)", "evalica.bradley_terry 0.4.2 (Rust)"),
+                                  ("the same", "choix 0.4.1", "choix.ilsr_pairwise 0.4.1")):
+            other = row("bench/bt.jsonl", bench=peer, items=items)["ms_median"]
+            form, ratio = ".1f" if mine < 10 else ".0f", other / mine
+            yield f"| {name} | {shown} | {other:.0f} | {mine:{form}} | {ratio:{'.0f' if ratio > 10 else '.1f'}}x |"
+    yield (f"1,000 bootstrap resamples of the smaller one take "
+           f"{row('bench/bt.jsonl', bench='bt', items=100)['bootstrap_s']:.1f} s")
+    ppo = row("bench/ours.jsonl", bench="ppo")
+    yield f"ours ({ppo['peak_share']:.0%}) is matrix products at the machine's peak"
+    bridge, track = (row("bench/dagger.jsonl", task=task) for task in ("bridge", "track"))
+    peer = row("bench/dagger.jsonl", bench="imitation 1.0.1 SimpleDAggerTrainer, CartPole")["steps_per_s"]
+    yield (f"{bridge['labels_per_s'] / 1000:.0f},000 labelled steps a second on `bridge` and "
+           f"{round(track['labels_per_s'], -2):,} "
+           f"on `track` ({bridge['steps_per_s'] / 1e6:.1f} million and {track['steps_per_s'] / 1000:.0f},000 with the steps "
+           f"of the validation), where imitation 1.0.1 makes {round(peer, -2):,} on CartPole")
+    fp32, bf16 = (row("bench/dtype.jsonl", dtype=dtype)["ms_median"] for dtype in ("float32", "bfloat16"))
+    yield f"an SFT step takes {fp32:.0f} ms in fp32 and {bf16:.0f} ms in bf16"
+    similar, random, long, even = read("bench/padding.jsonl")
+    yield (f"{similar['real_share']:.0%} of the computed positions hold a token, "
+           f"{similar['real_tokens_per_s'] / 1000:.0f},000 tokens a "
+           f"second; on random batches {random['real_share']:.0%} and {random['real_tokens_per_s'] / 1000:.0f},000")
+    yield (f"runs at {long['real_tokens_per_s'] / even['real_tokens_per_s']:.0%} of the speed from as many prompts of one "
+           f"length")
+    peak = {(one["bench"], one["batch"]): f"{one['peak_share']:.0%}" for one in read("bench/ours.jsonl")}
+    yield (f"DPO {peak['dpo', 16]}, SFT {peak['sft', 16]}, reward model {peak['reward_model', 16]}, generate "
+           f"{peak['generate', 16]} (16 rows) and {peak['generate', 64]} (64 rows), PPO {peak['ppo', 64]}")
+    quiet = [one["other_cpu"] for name in ("ours", "peers") for one in read(f"bench/{name}.jsonl")]
+    assert max(quiet) < 0.1
+    yield "every line has `other_cpu` below 0.1"
+
+
+def memory():
+    found = read("memory/measured.jsonl")
+    for name in ("dpo", "ppo", "scoring", "sampling"):
+        own = [one for dtype in ("float32", "bfloat16") for layers in (5, 10)
+               for one in rows("memory/measured.jsonl", measure=name, dtype=dtype, layers=layers)]
+        yield cells(name, [f"{one['computed'] / 1e6:.0f} / {one['measured'] / 1e6:.0f} = {one['ratio']:.3f}" for one in own])
+    low, high = min(column(found, "ratio")), max(column(found, "ratio"))
+    yield f"between {100 * (1 - low):.1f}% too low and {100 * (high - 1):.1f}% too high"
+
+
+def processes():
+    one, two = (row("processes/results.jsonl", processes=count)["nats_per_token"] for count in (1, 2))
+    yield f"{one:.5f} nats a token by one process and {two:.5f} by two"
+    by_one, by_two = (json.loads((RESULTS / f"processes/dpo-{name}.json").read_text()) for name in ("one", "two"))
+    assert by_one["table"] == by_two["table"]  # "all numbers of the evaluation are equal"
+    yield f"({by_two['held_out_loss']:.7f} and {by_one['held_out_loss']:.7f})"
+    alone = evaluation("reviews/dpo-beta0.1-seed0")["table"]["DPO beta 0.1"]
+    here = by_two["table"]["DPO beta 0.1"]
+    yield f"gives {alone['reward']:.3f} at {alone['kl']:.2f} nats"
+    yield f"here {here['reward']:.3f} at {here['kl']:.2f}"
+    apart = []
+    for name in ("sft", "reward_model", "dpo", "generate", "ppo"):
+        sittings = [column(rows("processes/scaling.jsonl", bench=name, processes=count), "ms_median") for count in (1, 2)]
+        a, b = map(min, sittings)
+        apart += [max(two) / min(two) for two in sittings]
+        yield f"| {name} | {a:.0f} | {b:.0f} | {a / b:.2f} |"
+    yield f"two sittings of one line are up to {max(apart):.1f} times apart"
+
+
+# ---- the index -------------------------------------------------------------------------------------------------------
+
+def findings(page):
+    """(row, its numbers, the pages that it links to) of each row of a table that links to a folder of results/."""
+    for line in page.read_text(encoding="utf-8").splitlines():
+        links = re.findall(r"\]\(([^)#]+)", line) if line.startswith("|") and "[json]" not in line else []
+        folders = {(page.parent / link).resolve() for link in links}
+        folders = [folder for folder in folders if RESULTS in folder.parents and (folder / "README.md").exists()]
+        if folders:
+            text = SETTING.sub("", re.sub(r"\]\([^)]*\)", "]", line))
+            pages = [one_line((folder / "README.md").read_text(encoding="utf-8")) for folder in folders]
+            yield line, NUMBER.findall(text), pages
+
+
+@pytest.mark.parametrize("page", ["README.md", "results/README.md"])
+def test_a_finding_stands_on_the_page_that_it_links_to(page):
+    """The numbers of an index are copies: each stands on the page that its row links to, which has tests of its own."""
+    for line, numbers, pages in findings(ROOT / page):
+        for number in numbers:
+            assert any(number in text for text in pages), (number, line)
+
+
+CLAIMS = {
+    "results/reviews/README.md": reviews,
+    "results/imdb/README.md": imdb,
+    "results/posts/README.md": posts,
+    "results/tldr/README.md": tldr,
+    "results/bt/README.md": bt,
+    "results/dueling/README.md": dueling,
+    "results/preference-rl/README.md": preference_rl,
+    "results/dagger/README.md": dagger,
+    "results/distill/README.md": distill,
+    "results/bench/README.md": bench,
+    "results/memory/README.md": memory,
+    "results/processes/README.md": processes,
+}
+NUMBER = re.compile(r"[\d,.]*\d(?:\.\d+)?(?:%| ± [\d.]+)|\d+\.\d+")  # a decimal, a percentage, or one with an error
+SETTING = re.compile(r"(?:β|α|λ|beta|T|lr) (?:= )?[\d.e-]+(?: (?:and|to|or) [\d.]+(?= \())?"  # β = 0.1, lr 1e-4, T = 0.25
+                     r"|(?:torch|TRL|transformers|evalica|choix|imitation) [\d.]+|`[^`]*`")
+KNOWN = ("section 6.1",
+         "4.2M", "4.3M",  # parameters of the policies of imdb and tldr: their config.json
+         "(2.7 passes)",
+         "more than 95% certain", "95% bootstrap", "95% interval")  # levels, not results
+
+
+# ---- the tables that a command wrote -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("grid", ["frontier", "frontier-why", "frontier-ablation"])
+def test_the_frontiers_tables_are_what_the_command_makes_of_the_rows(grid, monkeypatch):
+    """Shares of the optimum and differences, too. The bank is not committed; its curves are."""
+    scale = reviews_scale()
+    monkeypatch.setattr(evaluate, "optimal_curve", lambda rewards: scale.curve)
+    methods = frontier.by_method(read(f"reviews/{grid}/results.jsonl"))
+    lines = [frontier.method_line(method, paths, scale) for method, paths in methods.items()]
+    at = {kl: scale.cell(kl, one["reward"], one["reward_se"]) for kl, one in ((1.0, best_of_n_at(1)), (2.0, best_of_n_at(2)))}
+    lines.append(frontier.Line("best of n", "best of n", at))
+    text = frontier.markdown(lines, SimpleNamespace(rewards=None))
+    if differences := frontier.compare(lines):
+        text += f"\n{differences}"
+    assert text == (RESULTS / "reviews" / grid / "table.md").read_text(encoding="utf-8")
+
+
+def test_the_committed_curve_is_of_the_bank_that_the_runs_were_measured_by():
+    """It was computed from a bank that was sampled once more: the same to the last digits."""
+    table = evaluation("reviews/dpo-beta0.1-seed0")["table"]
+    top = table["optimum, up to where 256 samples show it"]
+    assert reviews_scale().curve[-1]["reward"] == pytest.approx(top["reward"], abs=1e-9)
+    assert reviews_scale().curve[-1]["kl"] == pytest.approx(top["kl"], abs=1e-9)
+    for n in (2, 4, 16):
+        one = row("reviews/bank/curve.jsonl", curve="best of n", n=n)
+        assert one["reward"] == pytest.approx(table[f"best of {n}"]["reward"], abs=1e-9)
+
+
+def test_the_table_of_imdb_is_what_the_command_makes_of_the_rows(monkeypatch):
+    """But for the shares, as neither its bank nor the bank's curve is committed."""
+    flat = frontier.Scale.__new__(frontier.Scale)
+    flat.curve, flat.reference = [{"kl": 0.0, "reward": 0.5}, {"kl": 2.70, "reward": 0.980}], 0.5
+    monkeypatch.setattr(evaluate, "optimal_curve", lambda rewards: flat.curve)
+    methods = frontier.by_method(read("imdb/frontier/results.jsonl"))
+    lines = [frontier.method_line(method, paths, flat) for method, paths in methods.items()]
+    text = frontier.markdown(lines, SimpleNamespace(rewards=None)) + "\n" + frontier.compare(lines)
+    committed = (RESULTS / "imdb/frontier/table.md").read_text(encoding="utf-8")
+
+    def without_shares(table):
+        kept = [line for line in table.splitlines() if not line.startswith(("| best of n", "| **optimum**"))]
+        return [re.sub(r" \((?:≤ )?\d+%\)", "", line) for line in kept]
+
+    assert without_shares(text) == without_shares(committed)
+
+
+@pytest.mark.parametrize("task", ["posts", "tldr"])
+def test_the_tables_of_win_rates_are_what_the_command_makes_of_the_rows(task):
+    found = read(f"{task}/winrate/results.jsonl")
+    names = dict.fromkeys((one["texts"] for one in found), 0.0)
+    written = winrate.markdown(found, names, "", "").splitlines()
+    assert [line for line in written if line.startswith("|")] == list(win_rate_tables(task))
+
+
+def test_the_table_of_scaling_is_what_the_command_makes_of_the_rows():
+    committed = (RESULTS / "posts/scaling/table.md").read_text(encoding="utf-8")
+    assert scaling.markdown(read("posts/scaling/results.jsonl")) == committed
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_rows_of_an_evaluation_are_what_it_says(page):
+    """Rows `| name | reward ± se | KL ± se | share | length | wins | [json](PATH#row) |`; PATH is relative to the page."""
+    pattern = (r"\| (?:≥ )?([\d.]+) ± ([\d.]+) \| (?:≥ )?([\d.]+) ± ([\d.]+) \| ([^|]*) \|(?: ([\d.]+) \| ([^|]*) \|)?"
+               r"[^\n]*\[json\]\(([^)#]+)#([^)]+)\)")
+    text = page.read_text(encoding="utf-8")
+    found = re.findall(pattern, text)
+    assert len(found) == len(re.findall(r"\[json\]\(", text)), "a row with [json] has another form"
+    for reward, reward_se, kl, kl_se, share, length, wins, path, name in found:
+        own = json.loads((page.parent / path).read_text(encoding="utf-8"))
+        one = {**own.get("compared", {}), **own.get("table", {})}[name.replace("%20", " ")]
+        assert (reward, reward_se) == (f"{one['reward']:.3f}", f"{one['reward_se']:.3f}"), name
+        assert (kl, kl_se) == (f"{one['kl']:.2f}", f"{one['kl_se']:.2f}"), name
+        if share.strip():
+            assert share.strip() == f"{'' if one['share_known'] else '≤ '}{one['share']:.0%}", name
+        if length:
+            assert length == f"{one['length']:.1f}", name
+        if wins.strip():
+            assert wins.strip() == f"{one['win_rate_over_sft']:.0%}", name
+
+
+# ---- all other numbers -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("page", CLAIMS)
+def test_a_page_says_what_its_rows_say(page):
+    text = one_line((ROOT / page).read_text(encoding="utf-8"))
+    for sentence in CLAIMS[page]():
+        assert one_line(sentence) in text, f"{page} should say: {one_line(sentence)}"
+
+
+@pytest.mark.parametrize("page", CLAIMS)
+def test_no_number_of_a_page_is_unguarded(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    text = re.sub(r"```.*?```", "", text, flags=re.S)
+    text = re.sub(r"^.*\[json\]\(.*$", "", text, flags=re.M)  # they have a test of their own
+    parts = re.split(r"\n\n|\n(?=- |\*\*)", text)
+    left = [one_line(part) for part in parts if "no rows kept" not in part]
+    for sentence in CLAIMS[page]():
+        left = [part.replace(one_line(sentence), "") for part in left]
+    for part in left:
+        part = re.sub(r"\]\([^)]*\)", "]", part)
+        for known in KNOWN:
+            part = part.replace(known, "")
+        part = SETTING.sub("", part)
+        assert not NUMBER.findall(part), f"{page}: {NUMBER.findall(part)} in: {part.strip()}"
