@@ -261,3 +261,10 @@ def test_the_claims_are_counted():
     assert len(counts) == 3
     said = re.search(r"(\d+) yes, (\d+) partly, (\d+) not yet", CLAIMS)
     assert [int(number) for number in said.groups()] == list(counts.values())
+
+
+def test_the_numbers_of_the_claims_are_those_of_the_results():
+    """Each `x ± y` in docs/claims.md stands in a page of results/, which test_results.py compares with its rows."""
+    results = "\n".join(text for page, text in TEXT.items() if ROOT / "results" in page.parents)
+    for number in set(re.findall(r"[\d.]+%? ± [\d.]+", CLAIMS)):
+        assert re.search(rf"(?<![\d.]){re.escape(number.rstrip('.'))}(?![\d.]*\d)", results), number
