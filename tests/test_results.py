@@ -717,7 +717,7 @@ CLAIMS = {
 NUMBER = re.compile(r"[\d,.]*\d(?:\.\d+)?(?:%| ± [\d.]+)|\d+\.\d+")  # a decimal, a percentage, or one with an error
 SETTING = re.compile(r"(?:β|α|λ|beta|T|lr) (?:= )?[\d.e-]+(?: (?:and|to|or) [\d.]+(?= \())?"  # β = 0.1, lr 1e-4, T = 0.25
                      r"|(?:torch|TRL|transformers|evalica|choix|imitation) [\d.]+|`[^`]*`")
-KNOWN = ("section 6.1",
+KNOWN = ("section 6.1", "Python 3.11 or newer",
          "4.2M", "4.3M",  # parameters of the policies of imdb and tldr: their config.json
          "(2.7 passes)",
          "more than 95% certain", "95% bootstrap", "95% interval")  # levels, not results
