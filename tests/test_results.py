@@ -9,10 +9,12 @@ On README.md and results/README.md the numbers of a row that links to a folder o
 Rows `| ... | [json](PATH#row) |` are checked on every page, wherever it is.
 """
 import functools
+import io
 import json
 import math
 import re
 import statistics
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -624,6 +626,57 @@ def processes():
     yield f"two sittings of one line are up to {max(apart):.1f} times apart"
 
 
+# ---- README and docs -------------------------------------------------------------------------------------------------
+
+def win_rate_of(task, method, temperature, n=1):
+    own = row(f"{task}/winrate/results.jsonl", method=method, temperature=temperature, n=n)
+    return f"{own['win_rate']:.0%}"
+
+
+def readme():
+    run = evaluation("reviews/dpo-beta0.1-seed0")["table"]
+    end, limit = run["optimum, up to where 256 samples show it"], run["optimum, where theory ends"]
+    named = {"SFT": run["SFT"], "DPO beta 0.1": run["DPO beta 0.1"],
+             **{f"best of {n}": {**run[f"best of {n}"], "kind": "best of n"} for n in (2, 4, 16)},
+             "optimum (largest KL that 256 samples resolve)": end, "limit of this run in theory": limit}
+    with redirect_stdout(io.StringIO()) as printed:
+        evaluate.print_table({name: {"kind": "", **one} for name, one in named.items()}, "")
+    yield from printed.getvalue().strip().splitlines()[:-1]
+    yield f"higher gold reward in {run['DPO beta 0.1']['win_rate_over_sft']:.0%} of comparisons"
+    yield f"its KL is known to be at most {run['best of 16']['kl']:.2f}"
+    yield f"beyond {end['kl']:.2f} nats"
+    yield f"At 1 nat it writes them e = {math.e:.1f} times"
+    pairs = json.loads((RESULTS / "reviews/pairs-bt/config.json").read_text())
+    yield f"{1 - pairs['labels_agree_with_gold']:.0%} of the answers are wrong"
+    yield (f"wins {win_rate_of('posts', 'best of n', 1.0, 16)} with n = 16 and {win_rate_of('posts', 'best of n', 1.0, 128)} "
+           f"with n = 128, where DPO wins {win_rate_of('posts', 'DPO', 1.0)} with one")
+    methods = frontier.by_method(rows("reviews/frontier/results.jsonl"))
+    why = {method: end_line("reviews/frontier-why/results.jsonl", method)
+           for method in ("DPO, 10x pairs", "DPO, noise-free labels")}
+    yield f"[{why['DPO, 10x pairs'][2]:.0f}% of the optimum]"
+    gains = [share - float(share_at(methods["DPO"], kl, ".4%").strip("≤ %")) for _, kl, share in why.values()]
+    yield f"ten times the pairs are worth {gains[0]:.0f} points of the optimum to DPO, labels without noise {gains[1]:.0f}"
+    behind = {name: frontier.best_at(methods[name], 4).reward - frontier.best_at(with_half_beta(), 4).reward
+              for name in ("PPO", "PPO-GT")}
+    yield f"above it below 1.5 nats, {behind['PPO']:.3f} below it at 4"
+    yield f"no: {behind['PPO-GT']:.3f} below it at 4 nats"
+    yield f"at T = 1 their summaries win {win_rate_of('posts', 'DPO', 1.0)} and {win_rate_of('posts', 'PPO', 1.0)}"
+    yield f"(SFT: {win_rate_of('posts', 'SFT', 1.0)} and {win_rate_of('posts', 'SFT', 0.0)})"
+    yield (f"best of n rises to {win_rate_of('posts', 'best of n', 1.0, 16)} at n = 16 and falls to "
+           f"{win_rate_of('posts', 'best of n', 1.0, 128)} at 128; by the gold reward "
+           f"{win_rate_of('posts', 'best of n by the gold reward', 1.0, 128)}")
+    slopes = [next(one for one in rows("dagger/bridge/results.jsonl", method=method) if "slope" in one)["slope"]
+              for method in ("cloning", "DAgger")]
+    yield f"T^{slopes[0]:.2f} and T^{slopes[1]:.2f}"
+    speeds = {name: peer / mine for name, peer, mine in speed_of_peers()}
+    yield f"{speeds['reward model']:.1f} to {speeds['DPO']:.1f} times"
+
+
+def speed_of_peers():
+    for name, peer, mine in ("reward model", "trl_rm", "reward_model"), ("DPO", "trl_dpo", "dpo"):
+        yield (name, row("bench/peers.jsonl", bench=peer)["ms_med"], row("bench/ours.jsonl", bench=mine)["ms_median"])
+
+
 # ---- the index -------------------------------------------------------------------------------------------------------
 
 def findings(page):
@@ -647,6 +700,7 @@ def test_a_finding_stands_on_the_page_that_it_links_to(page):
 
 
 CLAIMS = {
+    "README.md": readme,
     "results/reviews/README.md": reviews,
     "results/imdb/README.md": imdb,
     "results/posts/README.md": posts,
@@ -663,7 +717,7 @@ CLAIMS = {
 NUMBER = re.compile(r"[\d,.]*\d(?:\.\d+)?(?:%| ± [\d.]+)|\d+\.\d+")  # a decimal, a percentage, or one with an error
 SETTING = re.compile(r"(?:β|α|λ|beta|T|lr) (?:= )?[\d.e-]+(?: (?:and|to|or) [\d.]+(?= \())?"  # β = 0.1, lr 1e-4, T = 0.25
                      r"|(?:torch|TRL|transformers|evalica|choix|imitation) [\d.]+|`[^`]*`")
-KNOWN = ("section 6.1",
+KNOWN = ("section 6.1", "Python 3.11 or newer",
          "4.2M", "4.3M",  # parameters of the policies of imdb and tldr: their config.json
          "(2.7 passes)",
          "more than 95% certain", "95% bootstrap", "95% interval")  # levels, not results
