@@ -43,7 +43,7 @@ def commands_of(text: str) -> list[str]:
     script = re.sub(r"\\\n\s*", "", "\n".join(blocks + indented))
     for name, value in re.findall(r"\bfor (\w+) in (\S+?)[ ;]", script):  # a loop: its first round
         script = script.replace(f"${name}", value.strip('"'))
-    lines = script.splitlines()
+    lines = script.replace(" && ", "\n").splitlines()
     lines = [re.sub(r"^\s*(\w+=\S* )*(srun )?", "", re.split(r"\s+#|\s[|>&]", line)[0]).strip() for line in lines]
     return [line for line in lines if re.match(r"(python3?|torchrun|pytest|pip) |pytest$", line)]
 
@@ -118,7 +118,8 @@ def test_every_command_can_be_typed(page, monkeypatch):
 
 
 def run_small(command: str) -> bool:
-    """A test runs what this command does, at a small size: the file that is named above has the script and its flags."""
+    """A test runs what this command does, at a small size: the file that is named above has the script and its flags, where
+    .ci/run has not."""
     script, *words = shlex.split(command)[1:]
     stem = Path(script).stem if Path(script).stem != "prepare" else Path(script).parent.name
     rule = SMALL.get(script, f"test_{stem}.py")
@@ -126,7 +127,7 @@ def run_small(command: str) -> bool:
     for flag, value in zip(words, [*words[1:], ""]):
         if flag == "--dataset":
             found &= mentions(rule, value) or mentions(f"test_{value}.py", stem)
-        elif flag.startswith("--"):
+        elif flag.startswith("--") and not any(line.startswith(f"python {script} ") and flag in line.split() for line in RAN):
             found &= mentions(rule, flag[2:].replace("-", "[-_]"))
     return found
 
@@ -142,7 +143,7 @@ SHORT_PAGES = [page for page in PAGES if page == ROOT / "README.md" or page.pare
 @pytest.mark.parametrize("page", SHORT_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_command_is_run(page):
     """On the first page and in the course: by .ci/run word for word, or small by a test."""
-    for command in commands_of(TEXT[page]):
+    for command in dict.fromkeys(commands_of(TEXT[page]) + typed_inline(TEXT[page])):
         if not command.startswith("python "):
             assert command.startswith(("torchrun ", "pytest")) or command.replace("pip install", "pip install -q") in RAN, command
         else:
@@ -176,14 +177,14 @@ def sources(name: str) -> list[Path]:
 
 def named(text: str) -> list[tuple[str, str]]:
     """(file, name) of each `dpo.py: dpo_loss`, `dpo.py:dpo_loss`, `dpo.dpo_loss` and `dpo_loss` in [`dpo.py`](dpo.py), and
-    (file, "") of each `dpo.py`. FILE.py is a file of the reader's."""
+    (file, "") of each `dpo.py`. FILE.py is a file of the reader's, and so is what a command has as file.py:function."""
     text = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
     found = re.findall(r"`([\w/]+\.py)(?:: ?([A-Za-z_]\w*))?(?:\(\))?`", text)
     found += [(file, name) for name, file in re.findall(r"`(\w+)(?:\(\))?` in \[`?([\w/]+\.py)`?\]", text)]
     for module, name in re.findall(r"`(\w+)\.([A-Za-z_]\w*)(?:\(.*?\))?`", text):
         if sources(module) and name not in ("py", "pt", "md", "csv", "png", "svg", "txt", "json", "jsonl", "yml", "Config"):
             found.append((f"{module}.py", name))
-    return [(file, name) for file, name in found if not Path(file).stem.isupper()]
+    return [(file, name) for file, name in found if not Path(file).stem.isupper() and f" {file}:" not in text]
 
 
 @every_page
