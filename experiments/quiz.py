@@ -1,7 +1,7 @@
 """The quiz questions of the lectures, each answered by numbers that the code of this repository
 computes.
 
-    python experiments/quiz.py          # some 10 s; trains nothing
+    python experiments/quiz.py          # some 15 s; trains nothing
 
 The questions are those of Stanford's CS234, Winter 2026: L8 and L9 are its Lectures 8 and 9, and a
 letter is an option of "which of the following are true?". A policy is a table here, or two letters
@@ -262,8 +262,8 @@ def a_single_reward_explains_the_expert() -> tuple:
                         "3 r and 3 beta": optimal_weights(3 * r, 3 * beta)}.items():
         numbers[f"KL penalty: pi* moves by, {name}"] = variation(other, optimal_weights(r, beta))
     return numbers["of 19 states another best action, 3 R"] > 0, numbers, (
-        "There are infinitely many: a R + c with a > 0, R with any potential f, and R = 0. Where a "
-        "KL is paid for, a matters: a R at beta is R at beta / a.")
+        "There are infinitely many: a R + c with a > 0, if c is paid for ever; R with any potential "
+        "f (Ng et al. 1999); R = 0. With a KL penalty a matters: a R at beta is R at beta / a.")
 
 
 # ---- Bradley-Terry: Lecture 8's slides; Lecture 9: "Select all that are true" --------------------
@@ -349,7 +349,7 @@ def borda_counts_majorities() -> tuple:
                 "of 1,000 random P, the winner by mean P is one of them": agrees}
     return same < 1000, numbers, (
         "That is Copeland's score in other units. Borda's is the expected score, the mean of P, as "
-        "Lecture 8 words it and dueling.py computes it: it sees by how much an item wins.")
+        "Lecture 8 words it and common/comparisons.py has it: it sees by how much an item wins.")
 
 
 # ---- DPO: Lecture 9: "Refresh your understanding" ------------------------------------------------
@@ -504,7 +504,8 @@ def as_good_as_the_best_of_a_prompt(start: pipeline.Start) -> tuple:
                "test prompts: DPO beta 0.1": measured["DPO beta 0.1"]}
     most = numbers["pairs: the best of a prompt's responses"]
     return measured["DPO beta 0.1"]["mean"] <= most, numbers, (
-        "Mean gold rewards. What it has learned from other prompts' pairs serves here, too.")
+        "Mean gold rewards. No pair is of a test prompt: what it has learned is of use where it has "
+        "seen no example at all.")
 
 
 def a_response_has_a_price(start: pipeline.Start) -> tuple:

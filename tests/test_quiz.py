@@ -55,6 +55,17 @@ def test_the_committed_rows_are_what_the_code_gives(rows):
         assert row["numbers"] == pytest.approx(committed["numbers"], rel=1e-4, abs=1e-6)
 
 
+def test_the_page_beside_the_rows_has_their_errors_and_their_answers():
+    page = (ROOT / "results/quiz/README.md").read_text(encoding="utf-8")
+    measured = [value for row in COMMITTED for value in row["numbers"].values() if isinstance(value, dict)]
+    for value in measured:
+        if value["se"] > 0.002:  # the others are named without
+            assert f"{value['mean']:.3f} ± {value['se']:.3f}" in page, value
+    assert len(measured) == 12
+    table = [line.split(" | ") for line in page.splitlines() if line.startswith("| L")]
+    assert sorted(cells[2] for cells in table) == sorted(row["answer"] for row in COMMITTED)
+
+
 # ---- policy gradients ------------------------------------------------------------------------------------------------
 
 def test_the_variance_of_a_batch_is_that_of_one_response_by_its_size_and_with_leave_one_out_a_u_statistics():
