@@ -33,7 +33,7 @@ def printed():
 def test_both_sides_of_every_step_agree(printed, beta, seed):
     text = printed(beta, seed)
     differences = [float(x) for x in re.findall(r"difference (\d\S+)", text)]
-    assert len(differences) == 10 and max(differences) < 1e-12
+    assert len(differences) == 11 and max(differences) < 1e-12
     roads = [float(x) for x in re.findall(r"ends within (\S+) of pi\*", text)]
     assert len(roads) == 3 and max(roads) < 1e-9
     assert "above pi* are 0" in text
