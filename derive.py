@@ -283,8 +283,8 @@ def print_derivation(ref: torch.Tensor, r: torch.Tensor, beta: float,
     show("DPO's loss of pi_ref, where it starts", expected_dpo_loss(ref),
          "ln 2: no pair is told apart", math.log(2))
 
-    print("     and its gradient (below Eq. 7): the more wrong the implicit rewards have a pair, the "
-          "more pi(y_w)\n     is pushed up. For pi and the pair y_w = y1, y_l = y2:")
+    print("     and its gradient (below Eq. 7): the more wrong the implicit rewards have a pair, "
+          "the more pi(y_w)\n     is pushed up. For pi and the pair y_w = y1, y_l = y2:")
     chosen, rejected = logprobs[[first]].requires_grad_(), logprobs[[second]]
     loss, chosen_reward, rejected_reward = dpo_loss(chosen, rejected, ref[[first]], ref[[second]],
                                                     beta)
