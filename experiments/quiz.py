@@ -216,6 +216,9 @@ def one_step_can_make_it_worse() -> tuple:
                     f"{name}: smallest size that ends below the start": min(sizes[
                         [value < J_start for value in J]])}
         curve[name] = J
+    p = same_batch(start, 10.0, 20, 0.2).sigmoid()
+    numbers |= {"20 steps, clipped: ratio of an a, size 10": p / 0.1,
+                "20 steps, clipped: ratio of a b, size 10": (1 - p) / 0.9}
     numbers["1 step: clipping changes the parameter by"] = (
         same_batch(start, 40.0, 1, 0.2) - same_batch(start, 40.0, 1, math.inf))
     return min(curve["1 step"]) < J_start, numbers, (
