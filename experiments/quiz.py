@@ -216,6 +216,9 @@ def one_step_can_make_it_worse() -> tuple:
                     f"{name}: smallest size that ends below the start": min(sizes[
                         [value < J_start for value in J]])}
         curve[name] = J
+    p = same_batch(start, 10.0, 20, 0.2).sigmoid()
+    numbers |= {"20 steps, clipped: ratio of an a, size 10": p / 0.1,
+                "20 steps, clipped: ratio of a b, size 10": (1 - p) / 0.9}
     numbers["1 step: clipping changes the parameter by"] = (
         same_batch(start, 40.0, 1, 0.2) - same_batch(start, 40.0, 1, math.inf))
     return min(curve["1 step"]) < J_start, numbers, (
@@ -262,8 +265,9 @@ def a_single_reward_explains_the_expert() -> tuple:
                         "3 r and 3 beta": optimal_weights(3 * r, 3 * beta)}.items():
         numbers[f"KL penalty: pi* moves by, {name}"] = variation(other, optimal_weights(r, beta))
     return numbers["of 19 states another best action, 3 R"] > 0, numbers, (
-        "There are infinitely many: a R + c with a > 0, if c is paid for ever; R with any potential "
-        "f (Ng et al. 1999); R = 0. With a KL penalty a matters: a R at beta is R at beta / a.")
+        "There are infinitely many: a R + c with a > 0, if c is paid for ever; R with any "
+        "potential f (Ng et al. 1999); R = 0. With a KL penalty a matters: a R at beta "
+        "is R at beta / a.")
 
 
 # ---- Bradley-Terry: Lecture 8's slides; Lecture 9: "Select all that are true" --------------------
@@ -504,8 +508,8 @@ def as_good_as_the_best_of_a_prompt(start: pipeline.Start) -> tuple:
                "test prompts: DPO beta 0.1": measured["DPO beta 0.1"]}
     most = numbers["pairs: the best of a prompt's responses"]
     return measured["DPO beta 0.1"]["mean"] <= most, numbers, (
-        "Mean gold rewards. No pair is of a test prompt: what it has learned is of use where it has "
-        "seen no example at all.")
+        "Mean gold rewards. No pair is of a test prompt: what it has learned is of use where it "
+        "has seen no example at all.")
 
 
 def a_response_has_a_price(start: pipeline.Start) -> tuple:

@@ -146,6 +146,14 @@ def test_many_small_clipped_steps_end_where_the_ratio_of_b_is_at_the_clip():
     assert quiz.same_batch(start, 1.0, 400, math.inf).sigmoid().item() > 0.99
 
 
+def test_the_ratios_of_both_letters_are_those_of_one_policy(rows):
+    """0.1 a + 0.9 b = 1, and the b is near its clip."""
+    numbers = rows["one_step_can_make_it_worse"]["numbers"]
+    a, b = (numbers[f"20 steps, clipped: ratio of {letter}, size 10"] for letter in ("an a", "a b"))
+    assert 0.1 * a + 0.9 * b == pytest.approx(1, rel=1e-5) and b == pytest.approx(0.8, abs=0.02)
+    assert 2 * 0.1 * a * 0.9 * b == pytest.approx(numbers["20 steps, clipped: J, size 10"], rel=1e-5)
+
+
 # ---- rewards of an expert --------------------------------------------------------------------------------------------
 
 def test_value_iteration_has_the_values_of_the_best_of_all_policies():
