@@ -661,6 +661,9 @@ def readme():
     yield f"above it below 1.5 nats, {behind['PPO']:.3f} below it at 4"
     yield f"no: {behind['PPO-GT']:.3f} below it at 4 nats"
     yield f"at T = 1 their summaries win {win_rate_of('posts', 'DPO', 1.0)} and {win_rate_of('posts', 'PPO', 1.0)}"
+    greedy = [row("posts/winrate/results.jsonl", method=method, temperature=0.0, n=1) for method in ("DPO", "PPO")]
+    same, = {f"{100 * one['win_rate']:.0f} ± {100 * one['win_rate_se']:.0f}" for one in greedy}
+    yield f"greedy {same} both"
     yield f"(SFT: {win_rate_of('posts', 'SFT', 1.0)} and {win_rate_of('posts', 'SFT', 0.0)})"
     yield (f"best of n rises to {win_rate_of('posts', 'best of n', 1.0, 16)} at n = 16 and falls to "
            f"{win_rate_of('posts', 'best of n', 1.0, 128)} at 128; by the gold reward "
