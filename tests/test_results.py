@@ -680,6 +680,66 @@ def speed_of_peers():
         yield (name, row("bench/peers.jsonl", bench=peer)["ms_med"], row("bench/ours.jsonl", bench=mine)["ms_median"])
 
 
+def exercise(command):
+    """The run of an exercise of the course, and `reward at KL`."""
+    own = row("course/results.jsonl", command=command)
+    return own, f"{own['reward']:.3f} at {own['kl']:.2f}"
+
+
+def course_rlhf():
+    (loo, with_baseline), (none, without) = (exercise("python reinforce.py --reward gold" + flag)
+                                             for flag in ("", " --baseline none"))
+    yield f"{without} nats for {with_baseline}"
+    yield f"`grad_norm` is {none['mean_grad_norm']:.2f} on average, with the baseline {loo['mean_grad_norm']:.2f}"
+    half, nearer = exercise("python ppo.py --reward gold --beta 0.5")
+    yield f"Nearer: {nearer} nats, {half['share']:.0%} of the optimum"
+    yield f"The limit in theory is {half['limit_reward']:.3f} at {half['limit_kl']:.2f} nats"
+    short, _ = exercise("python ppo.py --reward FILE.py:short")
+    yield f"falls from {last_sft_length():.0f} tokens to {short['length']:.0f}"
+    yield f"the KL is {short['kl']:.1f} nats and the gold reward {short['reward']:.1f}"
+    ppo, reinforce = (exercise(f"python {script}.py --reward gold --lr 5e-3")[0] for script in ("ppo", "reinforce"))
+    yield (f"(PPO {ppo['reward']:.3f}, {ppo['kl']:.1f} nats, {ppo['length']:.0f} tokens; "
+           f"REINFORCE {reinforce['reward']:.3f}, {reinforce['kl']:.1f} nats, {reinforce['length']:.0f} tokens)")
+    yield f"a limit in theory is {ppo['limit_reward']:.3f} at {ppo['limit_kl']:.1f} nats"
+    for own in (ppo, reinforce):
+        assert 0.3 < own["last"]["entropy"] / own["first"]["entropy"] < 0.4  # "falls to a third"
+    yield f"`clip_fraction` is {ppo['largest_clip_fraction']:.1f} on the way"
+
+
+def last_sft_length():
+    return evaluation("reviews/dpo-beta0.1-seed0")["table"]["SFT"]["length"]
+
+
+def course_dpo():
+    smooth, ends = exercise("python dpo.py --label-smoothing 0.2")
+    plain, further = exercise("python dpo.py --beta 0.1")
+    yield f"{ends} nats, where without smoothing it is {further} (one seed)"
+    yield f"the limit in theory ({plain['limit_kl']:.2f} nats)"
+    yield f"log(0.8/0.2) = {math.log(4):.2f}"
+    near, _ = exercise("python dpo.py --beta 1")
+    yield f"({near['kl']:.2f} and {near['limit_kl']:.2f} nats)"
+    yield f"({plain['kl']:.2f} and {plain['limit_kl']:.2f})"
+    summed, _ = exercise("dpo.py: margin = chosen_rewards + rejected_rewards")
+    yield f"The run ends at {summed['reward']:.3f} and {summed['kl']:.2f} nats"
+    yield f"{summed['held_out_accuracy']:.2f} of the held-out pairs are right"
+    assert summed["last"]["chosen_reward"] > 0 < summed["last"]["rejected_reward"]  # "both creep up together"
+
+
+def course_against():
+    half, noisy = exercise("python dpo.py --beta 0.5")
+    argmax, clean = exercise("python dpo.py --beta 0.5 --labels argmax")
+    yield f"{clean} nats ({argmax['share']:.0%} of the optimum) in place of {noisy} ({half['share']:.0%})"
+    gold, _ = exercise("python ppo.py --reward gold --beta 0.5")
+    yield f"is at {gold['limit_kl']:.2f} nats, that of `python dpo.py --beta 0.5` at {half['limit_kl']:.2f}"
+    numbers = row("quiz/results.jsonl", question="The DPO implicit reward is as good as the explicit one.")["numbers"]
+
+    def with_error(name):
+        return f"{signed(numbers[name]['mean'], '.3f')} ± {numbers[name]['se']:.3f}"
+    yield cells([with_error(f"dpo-beta{beta}-seed0, less the reward model") for beta in ("1", "0.3", "0.1", "0.03")])
+    for name in "labels that the reward model gets right", "labels that the gold reward gets right":
+        yield with_error(name).removeprefix("+")
+
+
 # ---- the index -------------------------------------------------------------------------------------------------------
 
 def findings(page):
@@ -807,10 +867,14 @@ def test_rows_of_an_evaluation_are_what_it_says(page):
 
 # ---- all other numbers -------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("page", CLAIMS)
+COURSE = {"docs/course/3-rlhf.md": course_rlhf, "docs/course/4-dpo.md": course_dpo,
+          "docs/course/5-dpo-against-ppo.md": course_against}  # its other numbers are printed by the commands above them
+
+
+@pytest.mark.parametrize("page", [*CLAIMS, *COURSE])
 def test_a_page_says_what_its_rows_say(page):
     text = one_line((ROOT / page).read_text(encoding="utf-8"))
-    for sentence in CLAIMS[page]():
+    for sentence in (CLAIMS | COURSE)[page]():
         assert one_line(sentence) in text, f"{page} should say: {one_line(sentence)}"
 
 
