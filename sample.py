@@ -83,8 +83,8 @@ def gold_rewards(start: pipeline.Start, prompt: str, texts: list[str]) -> list[f
     return start.gold([prompt] * len(texts), texts).tolist()
 
 
-def responses_of(policy: GPT, start: pipeline.Start, prompt: str, samples: Samples) -> list[
-        Response]:
+def responses_of(policy: GPT, start: pipeline.Start, prompt: str,
+                 samples: Samples) -> list[Response]:
     """A policy's samples with their gold rewards and log-ratios; these are of temperature 1 and
     fp32."""
     rows = samples.tokens, samples.prompt_lengths, samples.lengths
@@ -130,18 +130,22 @@ def show(responses: dict[str, list[Response]], gold: bool) -> None:
     became stands together. Numbers on the left, the text on the right."""
     width = max(map(len, responses))
     columns = shutil.get_terminal_size((100, 24)).columns
-    print(f"   {'gold  ' if gold else ''}log-ratio")
+    print(f"   {' gold  ' if gold else ''}log-ratio")
     for i, row in enumerate(zip(*responses.values()), 1):
+        number = f"{i:2} "
         for name, response in zip(responses, row):
-            start = f"{i if name == next(iter(responses)) else '':>2} "
-            if gold:
-                start += f"{response.reward:4.2f}  "
-            start += f"{response.log_ratio:+9.2f}  {name:{width}}  "
+            reward = f"{response.reward:5.2f}  " if gold else ""
+            start = f"{number}{reward}{response.log_ratio:+9.2f}  {name:{width}}  "
+            number = "   "
             text = response.text + (" [cut]" if response.cut else "")
-            # on one line, and without what would move the cursor
-            text = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
-            lines = textwrap.wrap(text, max(40, columns - len(start))) or ["(empty)"]
+            lines = textwrap.wrap(on_one_line(text), max(40, columns - len(start)),
+                                  break_on_hyphens=False) or ["(empty)"]
             print(start + f"\n{'':{len(start)}}".join(lines))
+
+
+def on_one_line(text: str) -> str:
+    """A text without line breaks, and without what would move the cursor."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
 
 
 def prompts_of(given: argparse.Namespace) -> Iterator[tuple[str, str]]:
@@ -167,6 +171,10 @@ def prompts_of(given: argparse.Namespace) -> Iterator[tuple[str, str]]:
 
 def typed_lines() -> Iterator[str]:
     """What is typed into a terminal, until Ctrl-D."""
+    try:
+        import readline  # noqa: F401  input() then has arrow keys, and the prompts before
+    except ImportError:  # Windows
+        pass
     while True:
         try:
             yield input("prompt> ")
@@ -233,8 +241,8 @@ def talk(given: argparse.Namespace) -> None:
             kind, texts, rewards = reference_responses(start, bank, prompt, given.seed)
             picks, ratios, ess = optimum(rewards, given.optimum, given.n,
                                          generator(given.seed, "optimum", prompt))
-            note = f"optimum at beta {given.optimum:g}: drawn from {len(texts)} {kind}, " \
-                   f"effective sample size {ess:.1f}"
+            note = (f"optimum at beta {given.optimum:g}: drawn from {len(texts)} {kind}, "
+                    f"effective sample size {ess:.1f}")
             if ess < evaluate.MIN_ESS:
                 note += f"; not shown, as it needs {evaluate.MIN_ESS:g}: take a larger BETA"
             else:
@@ -296,8 +304,8 @@ def main(words: list[str]) -> None:
                         "policy for the gold reward at this beta would say")
     parser.add_argument("--score", metavar="FILE.jsonl", help="score its rows {prompt, response} "
                         "with the reward model RUN")
-    parser.add_argument("--export", metavar="FOLDER", help="write the policy RUN to a new folder in "
-                        "Hugging Face's format")
+    parser.add_argument("--export", metavar="FOLDER", help="write the policy RUN to a new "
+                        "folder in Hugging Face's format")
     parser.add_argument("--device", choices=get_args(Device), default="auto",
                         help="where it is computed; auto = CUDA where there is one, else the CPU")
     given = parser.parse_args(words)
@@ -305,8 +313,7 @@ def main(words: list[str]) -> None:
     for alone in ("score", "export"):
         if getattr(given, alone) is None:
             continue
-        others = {*vars(given)} - {"run", "device", alone}
-        for name in sorted(others):
+        for name in sorted({*vars(given)} - {"run", "device", alone}):
             require(getattr(given, name) is None, f"--{name}: not with --{alone}")
         require(len(given.run) == 1, f"--{alone}: takes one run, got {len(given.run)}")
     require(not given.n or given.n == 1 or given.temperature != 0,

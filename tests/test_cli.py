@@ -392,7 +392,8 @@ def test_runs_that_cannot_be_evaluated(runs, expected, refused):
     ("reward-model sft --score pairs.jsonl", "--score: takes one run, got 2"),
     ("reward-model --export new", "model.pt holds a ScalarModel, expected a GPT"),
     ("sft dpo --export new", "--export: takes one run, got 2"), ("sft --export runs", "runs: is there and not empty"),
-    ("sft --export new --prompt a", "--prompt: not with --export"), ("sft --export pairs.jsonl", "pairs.jsonl: is there and not"),
+    ("sft --export new --prompt a", "--prompt: not with --export"),
+    ("sft --export pairs.jsonl", "pairs.jsonl: is there and not"),
     ("sft --export pairs.jsonl/new", "pairs.jsonl is not a folder"),
     ("no-tokenizer --export new", "no-tokenizer/tokenizer.tiktoken: not a tokenizer file"),
     ("other-tokenizer --export new", "other-tokenizer was trained with tokenizer '")])
