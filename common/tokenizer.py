@@ -105,15 +105,21 @@ class Tokenizer:
                 fail(f"GPT-2's vocabulary could not be fetched ({type(error).__name__}); offline, "
                      "put the checkpoint's vocab.json into its folder and give that folder: "
                      "--init FOLDER")
-        # GPT-2 files write bytes as printable characters: those that print stand for themselves,
-        # the rest follow 255
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        to_byte = {chr(b): b for b in printable}
-        to_byte |= {chr(256 + i): b for i, b in enumerate(sorted(set(range(256)) - set(printable)))}
+        to_byte = {letter: byte for byte, letter in enumerate(byte_letters())}
         ids = json.loads(vocab.read_text(encoding="utf-8"))
         end = ids.pop("<|endoftext|>", 50256)
-        return cls({bytes(to_byte[c] for c in token): i
-                    for token, i in ids.items()}, (end, end, end))
+        # a vocabulary of ours that was exported has three special tokens
+        special = [ids.pop(f"<|{name}|>", end) for name in SPECIAL]
+        return cls({bytes(to_byte[c] for c in token): i for token, i in ids.items()},
+                   tuple(special))
+
+
+def byte_letters() -> list[str]:
+    """The letter by which GPT-2's files write each byte: those that print stand for themselves, the
+    others for letters from U+0100 on, in order."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -21,7 +21,7 @@ from data.reviews.grammar import gold_reward, sample_review
 from common.tokenizer import train_bpe
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("sft", "reward_model", "classifier", "dpo", "reinforce", "ppo", "evaluate")
+SCRIPTS = ("sft", "reward_model", "classifier", "dpo", "reinforce", "ppo", "evaluate", "sample")
 TINY = "--n-layer 1 --n-embd 32 --n-head 2 --batch-size 8 --steps 80 --warmup 5 --lr 2e-2".split()  # an SFT policy,
 SFT = [*TINY, "--out", "runs/reviews/sft"]  # where the other scripts look for it
 
@@ -86,7 +86,7 @@ def run_here(root: Path, cwd: Path, script: str, *argv: str, draw: bool = False)
             patch.setattr(evaluate, "draw_run", lambda path, *_: path.write_bytes(b""))
         patch.chdir(cwd)
         try:
-            if script == "evaluate":
+            if script in ("evaluate", "sample"):
                 module.main([*map(str, argv)])
             else:
                 config = settings.parse(module.Config, module.__doc__, [*map(str, argv)])

@@ -368,6 +368,43 @@ def test_runs_that_cannot_be_evaluated(runs, expected, refused):
     assert expected in refused("evaluate", *runs)
 
 
+@pytest.mark.parametrize("argv, expected", [
+    ("nope", "runs/reviews/nope: no finished run there (no model.pt)"),
+    ("dpo unfinished", "unfinished: no finished run there (no model.pt); it was stopped: go on with --resume"),
+    ("dpo truncated", "runs/reviews/truncated/model.pt: cannot be read ("),
+    ("dpo reward-model", "model.pt holds a ScalarModel, expected a GPT"),
+    ("dpo --sft runs/reviews/reward-model", "model.pt holds a ScalarModel, expected a GPT"),
+    ("dpo other-task", "other-task was trained with dataset 'imdb', expected 'reviews'"),
+    ("dpo other-task --sft runs/reviews/sft", "other-task was trained with dataset 'imdb', expected 'reviews'"),
+    ("dpo runs/imdb/dpo", "these runs have different references ("),
+    ("dpo --sft runs/reviews/other-tokenizer", "other-tokenizer was trained with tokenizer '"),
+    ("dpo --n 0", "--n 0: must be > 0"), ("dpo --temperature nan", "--temperature nan: must be >= 0"),
+    ("dpo --temperature -1", "--temperature -1.0: must be >= 0"), ("dpo --temperature 1e-40", "must be 0 or at least 0.01"),
+    ("dpo --temperature 0 --n 2", "--n 2: at temperature 0 all responses are the same"),
+    ("dpo --seed -1", "--seed -1: must be >= 0"), ("dpo --optimum 0", "--optimum 0.0: must be > 0"),
+    ("dpo --optimum inf", "--optimum inf: must be > 0 and finite"),
+    ("dpo --prompt " + 90 * "film,", "--prompt: no room for a response: prompt "),
+    ("dpo --prompt \udcff", "--prompt: not UTF-8"),
+    ("sft --score pairs.jsonl", "model.pt holds a GPT, expected a ScalarModel"),
+    ("reward-model --score nope.jsonl", "nope.jsonl: cannot be read (No such file"),
+    ("reward-model --score pairs.jsonl", "pairs.jsonl, line 1: no field 'response'"),
+    ("reward-model --score pairs.jsonl --n 2", "--n: not with --score"),
+    ("reward-model sft --score pairs.jsonl", "--score: takes one run, got 2"),
+    ("reward-model --export new", "model.pt holds a ScalarModel, expected a GPT"),
+    ("sft dpo --export new", "--export: takes one run, got 2"), ("sft --export runs", "runs: is there and not empty"),
+    ("sft --export new --prompt a", "--prompt: not with --export"),
+    ("sft --export pairs.jsonl", "pairs.jsonl: is there and not"),
+    ("sft --export pairs.jsonl/new", "pairs.jsonl is not a folder"),
+    ("no-tokenizer --export new", "no-tokenizer/tokenizer.tiktoken: not a tokenizer file"),
+    ("other-tokenizer --export new", "other-tokenizer was trained with tokenizer '")])
+def test_what_cannot_be_sampled_scored_or_exported(argv, expected, work, refused):
+    """Runs stand first; those without a folder are of runs/reviews."""
+    words = argv.split(" ")
+    flags = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
+    runs = [run if "/" in run else f"runs/reviews/{run}" for run in words[:flags]]
+    assert expected in refused("sample", *runs, *words[flags:])
+
+
 def test_evaluate_takes_the_reference_that_the_run_was_trained_from(root, work, tmp_path, capsys):
     """Not the folder called sft beside it, where --sft named another one; and two runs of one name are two rows."""
     shutil.copytree(work / "runs/reviews/sft", tmp_path / "mine/policy")
@@ -528,7 +565,7 @@ def test_a_real_process_says_one_line_and_exits_1_at_once(root, tmp_path):
 
 def test_import_draws_in_no_library_that_only_some_runs_need():
     """--help and every mistake wait for the imports, so figures and GPT-2 weights are imported where they are used."""
-    program = ("import sys, sft, reward_model, classifier, dpo, reinforce, ppo, evaluate, bt, dueling, preference_rl, dagger\n"
+    program = ("import sys, sft, reward_model, classifier, dpo, reinforce, ppo, evaluate, sample, bt, dueling, preference_rl, dagger\n"
                "from experiments import frontier, winrate, scaling\n"
                "print(*{name.split('.')[0] for name in sys.modules})")
     modules = subprocess.run([sys.executable, "-c", program], cwd=clone.ROOT, capture_output=True, text=True, check=True,
