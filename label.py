@@ -3,7 +3,7 @@ answers are worth.
 
     python label.py                            # one key an answer; stop with q, go on with the
                                                # same command
-    python label.py --report                   # what the answers are worth; about two minutes
+    python label.py --report                   # what the answers are worth; about a minute
     printf 'l\\nr\\n' | python label.py         # answers from a pipe, one a line
 
 A question is a pair of responses of the SFT policy to a training prompt: those that the built-in
@@ -23,7 +23,7 @@ agree with the gold reward as often as you do, answer as many questions as you, 
 Reads   the SFT policy and its pairs (both made if they are missing)
 Writes  runs/<dataset>/labels-<name>/ : labels.jsonl  every answer, in order, kept at each key
                                         pairs.jsonl   those of left and right, for dpo.py --pairs
-                                        N-pairs/      what was trained on the first N of them
+                                        N-pairs/      what was trained on N of them
 """
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ from common.files import (check_writable, delete, lock, read_json_object, read_j
 from common.pairs import encode_pairs, pair_tensors, read_pairs, split
 from common.rewards import all_scores
 from common.run import compare_settings, finished, load_run
-from common.settings import parse, require, run_folder, settings
+from common.settings import parse, require, run_folder, settings, typed
 from common.statistics import mean_se
 from common.training import Device, Dtype, generator, half_ties, use_device
 from model import ScalarModel
@@ -70,7 +70,7 @@ SIMULATED = 5  # labellers, each with as many pairs as you and with MORE more
 ANSWERS = {"l": "left", "r": "right", "t": "tie", "s": "skip"}
 KEYS = "l left   r right   t tie   s skip   u undo   n numbers   q quit"
 
-# One learning rate and one beta for few and for many pairs: twelve steps an epoch at 100 pairs.
+# With the scripts' own batches of 32, fifty pairs would be two steps, and the warm-up has 15.
 SHORT = dict(epochs=4, batch_size=8, warmup=5)
 
 
@@ -229,6 +229,15 @@ def show_agreement(asked: list[Question], answers: list[str]) -> None:
 
 # ---- what they are worth -------------------------------------------------------------------------
 
+def runs_on(config: Config, path: Path, folder: Path,
+            seed: int = 0) -> tuple[reward_model.Config, dpo.Config]:
+    """The two runs on a file of few pairs."""
+    shared = dict(dataset=config.dataset, preset=config.preset, pairs=str(path), sft=config.sft,
+                  dtype=config.dtype, device=config.device, seed=seed, resume=True, **SHORT)
+    return (reward_model.Config(**shared, lr=1e-3, out=str(folder / "reward-model")),
+            dpo.Config(**shared, lr=2e-4, beta=0.5, out=str(folder / "dpo")))
+
+
 def trained(config: Config, start: pipeline.Start, held: list[dict], rows: list[dict],
             folder: Path, seed: int = 0) -> dict:
     """Train a reward model and DPO on pairs with their own scripts, in silence, and measure both.
@@ -236,16 +245,12 @@ def trained(config: Config, start: pipeline.Start, held: list[dict], rows: list[
     Args:
         held: pairs of prompts that nobody was asked about.
     Returns:
-        pairs; accuracy of the reward model by the gold order of `held`, each prompt alike; reward,
-        kl and share of the optimum of DPO, and sft_reward, on the test prompts. With their standard
-        errors over prompts.
+        pairs; accuracy of the reward model by the gold order of `held`, each prompt alike; DPO's
+        row of its evaluation (reward, kl, share, ...); sft, the SFT policy's row.
     """
     path = folder / "pairs.jsonl"
     write_jsonl(path, rows)
-    shared = dict(dataset=config.dataset, preset=config.preset, pairs=str(path), sft=str(start.sft),
-                  dtype=config.dtype, device=config.device, seed=seed, resume=True, **SHORT)
-    scorer = reward_model.Config(**shared, lr=1e-3, out=str(folder / "reward-model"))
-    policy = dpo.Config(**shared, lr=2e-4, beta=0.5, out=str(folder / "dpo"))
+    scorer, policy = runs_on(config, path, folder, seed)
     for module, run in ((reward_model, scorer), (dpo, policy)):
         if not finished(run):
             with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
@@ -267,11 +272,8 @@ def trained(config: Config, start: pipeline.Start, held: list[dict], rows: list[
 
     table = read_json_object(Path(policy.out) / "evaluation.json", "table")["table"]
     kinds = {row["kind"]: row for row in table.values()}
-    return {"pairs": len(rows), "accuracy": accuracy, "accuracy_se": error,
-            **{name: kinds["policy"][name] for name in
-               ("reward", "reward_se", "kl", "kl_se", "share", "share_known")},
-            "sft_reward": kinds["reference"]["reward"],
-            "sft_reward_se": kinds["reference"]["reward_se"]}
+    return {"pairs": len(rows), "accuracy": accuracy, "accuracy_se": error, **kinds["policy"],
+            "sft": kinds["reference"]}
 
 
 def worth(config: Config, start: pipeline.Start, asked: list[Question], held: list[dict],
@@ -285,9 +287,10 @@ def worth(config: Config, start: pipeline.Start, asked: list[Question], held: li
         shutil.rmtree(folder)  # of other answers, before they were taken back
     if (folder / "worth.json").exists():
         return read_json_object(folder / "worth.json", "you", "scale", "simulated")
+    print("training on them and on simulated answers: about a minute", flush=True)
     scale = scale_of(asked, agreement(rows)[0])
     counts = sorted({len(rows), min(len(rows) + MORE, len(asked))})
-    with tqdm(total=1 + SIMULATED * len(counts), desc="training on them", unit=" times") as bar:
+    with tqdm(total=1 + SIMULATED * len(counts), desc="reward models and DPO", unit=" sets") as bar:
         found = {"you": trained(config, start, held, rows, folder), "scale": scale,
                  "simulated": [[] for _ in counts]}
         bar.update()
@@ -302,47 +305,50 @@ def worth(config: Config, start: pipeline.Start, asked: list[Question], held: li
     return found
 
 
-def show_worth(found: dict, right: float, labels: str) -> None:
-    """The table, and in words what can be told from noise: three standard errors."""
-    you, simulated = found["you"], found["simulated"]
-    print(f"\n{'':12}{'pairs':>6}{'reward model':>15}{'DPO: gold reward':>20}{'KL':>7}"
+def show_worth(found: dict, right: float, scale: float) -> None:
+    """The table, and in words what fifty more would buy."""
+    you, sft, simulated = found["you"], found["you"]["sft"], found["simulated"]
+    print(f"\n{'':10}{'pairs':>6}{'reward model':>15}{'DPO: gold reward':>20}{'KL':>7}"
           f"{'of optimum':>12}")
-    print(f"{'SFT':12}{0:6}{'':15}{you['sft_reward']:11.3f} +- {you['sft_reward_se']:.3f}"
-          f"{0:7.2f}")
-    means = [{"pairs": runs[0]["pairs"]} for runs in simulated]
-    for mean, runs in zip(means, simulated):
-        for name in ("accuracy", "reward"):
-            mean[name], mean[f"{name}_se"] = mean_se([run[name] for run in runs])
-        mean["kl"] = mean_se([run["kl"] for run in runs])[0]
-        shares = [run["share"] for run in runs]
-        mean["share"] = None if None in shares else mean_se(shares)[0]
-        mean["share_known"] = all(run["share_known"] for run in runs)
-    for name, row in [("you", you), *(("simulated", mean) for mean in means)]:
-        at_most = "" if row["share_known"] else "<= "
-        share = "" if row["share"] is None else f"{at_most}{row['share']:.0%}"
-        print(f"{name:12}{row['pairs']:6}{row['accuracy']:8.0%} +- {row['accuracy_se']:3.0%}"
-              f"{row['reward']:11.3f} +- {row['reward_se']:.3f}{row['kl']:7.2f}{share:>12}")
-    print("reward model: how often it is right about the gold order of held-out pairs (a coin: "
-          "50%)")
-    built_in = f"; the built-in ones: {labels}" if labels else ""
-    print(f"simulated: {len(simulated[0])} labellers who agree with the gold reward {right:.0%} of "
-          f"the time\n           (Bradley-Terry, scale {found['scale']:.1f}{built_in})")
+    print(f"{'SFT':10}{0:6}{'':15}{sft['reward']:11.3f} +- {sft['reward_se']:.3f}{0:7.2f}")
+    for name, runs in [("you", [you]), *(("simulated", runs) for runs in simulated)]:
+        accuracy, accuracy_error = mean_of(runs, "accuracy")
+        reward, reward_error = mean_of(runs, "reward")
+        share = ""
+        if all(run["share"] is not None for run in runs):
+            at_most = "" if all(run["share_known"] for run in runs) else "<= "
+            share = f"{at_most}{mean_of(runs, 'share')[0]:.0%}"
+        print(f"{name:10}{runs[0]['pairs']:6}{accuracy:8.0%} +- {accuracy_error:3.0%}"
+              f"{reward:11.3f} +- {reward_error:.3f}{mean_of(runs, 'kl')[0]:7.2f}{share:>12}")
+    print(f"""reward model: how often it is right about the gold order of held-out pairs
+simulated: mean of {len(simulated[0])} labellers who are right {right:.0%} of the time, as you are
+           (Bradley-Terry, scale {found['scale']:.1f}; the built-in labels: {scale:g})
++-: over prompts for you and SFT, between labellers for the simulated
 
-    moved = you["reward"] - you["sft_reward"]
-    error = math.hypot(you["reward_se"], you["sft_reward_se"])
-    print(f"\nYour {you['pairs']} pairs buy DPO {moved:+.3f} +- {error:.3f} of gold reward"
-          + verdict(moved, error))
-    if len(simulated) == 2:
-        more, error = mean_se([b["reward"] - a["reward"] for a, b in zip(*simulated)])
-        right, right_error = mean_se([b["accuracy"] - a["accuracy"] for a, b in zip(*simulated)])
-        count = means[1]["pairs"] - means[0]["pairs"]
-        print(f"{count} more would buy DPO {more:+.3f} +- {error:.3f}" + verdict(more, error))
-        print(f"and the reward model {100 * right:+.1f} +- {100 * right_error:.1f} points"
-              + verdict(right, right_error))
+""", end="")
+    gain = you["reward"] - sft["reward"]
+    error = math.hypot(you["reward_se"], sft["reward_se"])
+    print(f"your {you['pairs']} pairs buy DPO {gain:+.3f} +- {error:.3f} of gold reward"
+          + verdict(gain, error))
+    if len(simulated) == 2:  # of the same seeds, so their differences are compared
+        before, after = simulated
+        print(f"{after[0]['pairs'] - before[0]['pairs']} more would buy:")
+        for name, key, unit in (("DPO", "reward", "gold reward"),
+                                ("reward model", "accuracy", "accuracy")):
+            gain, error = mean_se([new[key] - old[key] for old, new in zip(before, after)])
+            print(f"  {name:12}  {gain:+.3f} +- {error:.3f} {unit}" + verdict(gain, error))
+
+
+def mean_of(runs: list[dict], key: str) -> tuple[float, float]:
+    """Over runs, with the error between them; one run has its error over prompts."""
+    if len(runs) == 1:
+        return runs[0][key], runs[0].get(f"{key}_se", math.nan)
+    return mean_se([run[key] for run in runs])
 
 
 def verdict(value: float, error: float) -> str:
-    return "." if abs(value) > 3 * error else ": not to be told from nothing."
+    """Three standard errors, as few seeds know their own error badly."""
+    return "" if abs(value) > 3 * error else ": not to be told from nothing"
 
 
 # ---- the terminal --------------------------------------------------------------------------------
@@ -352,7 +358,10 @@ def read_key() -> str:
     of the input; a space for a key that means nothing."""
     sys.stdout.flush()
     if sys.stdin is None or not sys.stdin.isatty():
-        line = sys.stdin.readline() if sys.stdin else ""
+        try:
+            line = sys.stdin.readline() if sys.stdin else ""
+        except UnicodeDecodeError:
+            line = "?"  # no text, and so no answer
         return line.strip().lower() or " " * bool(line)
     if termios is None:
         key = msvcrt.getwch()
@@ -374,9 +383,9 @@ def read_key() -> str:
 
 
 def show(number: int, count: int, question: Question) -> None:
-    """A question on at most 100 columns. What a model wrote may have control characters, which a
+    """A question, on 20 to 100 columns. What a model wrote may have control characters, which a
     terminal would obey."""
-    width = min(shutil.get_terminal_size().columns, 100)
+    width = max(20, min(shutil.get_terminal_size().columns, 100))
     print(f"\n{f'---- {number} of {count} ':-<{width - 1}}")
     for name, text in (("", question.prompt), ("left", f"... {question.left.text.strip()}"),
                        ("right", f"... {question.right.text.strip()}")):
@@ -404,10 +413,13 @@ def main(config: Config) -> None:
     asked = questions([rows[i] for i in train_rows.tolist()])
     held = [rows[i] for i in held_rows.tolist()
             if rows[i]["chosen_reward"] != rows[i]["rejected_reward"]]
+    require(bool(held), f"{path}: no pair is held out, there are too few")
 
     folder = Path(config.out)
     built_from = {"policy": start.policy_id, "pairs": start.pairs_id}
     compare_settings(folder, {"dataset": config.dataset}, built_from, "give another --name")
+    if folder.exists():
+        lock(folder)  # before it is read: nobody else may add to it from now on
     answers = read_answers(folder / "labels.jsonl", asked)
     if config.report and not pair_rows(asked, answers):
         fail(f"{folder}: nothing to report, no pair has been answered there")
@@ -422,20 +434,21 @@ def main(config: Config) -> None:
         if len(pairs) < SHORT["batch_size"]:
             print(f"what they are worth: from {SHORT['batch_size']} pairs on")
         else:
-            found = worth(config, start, asked, held, pairs)
-            show_worth(found, agreement(pairs)[0],
-                       f"{task.label_scale:g}" if task.labels == "bt" else "")
+            show_worth(worth(config, start, asked, held, pairs), agreement(pairs)[0],
+                       task.label_scale if task.labels == "bt" else math.inf)
 
     if config.report:
         numbers()
         return
+    print("\nWhich response is better? You decide what that means.\n"
+          f"The gold reward, which you are compared with: {start.gold.name}.")
     try:
         ask(folder, asked, answers, numbers)
     finally:
         print(f"\n{len(answers)} answers  ->  {folder / 'labels.jsonl'}   (the same command goes "
               "on)")
         if pair_rows(asked, answers):
-            print(f"python dpo.py --pairs {folder / 'pairs.jsonl'}")
+            print(typed(runs_on(config, folder / "pairs.jsonl", folder)[1]))
 
 
 def ask(folder: Path, asked: list[Question], answers: list[str],
@@ -453,7 +466,7 @@ def ask(folder: Path, asked: list[Question], answers: list[str],
             save(folder, asked, answers)
             if len(answers) % MORE == 0:
                 show_agreement(asked, answers)
-                print("n trains on them, and says what they are worth: about two minutes")
+                print("n says what they are worth (about a minute)")
         elif key == "u":
             print("undo" if answers else "nothing to undo")
             if answers:
