@@ -375,7 +375,8 @@ def read_key() -> str:
         key = os.read(terminal, 1)
         if key == b"\x1b" and select.select([terminal], [], [], 0.05)[0]:  # an arrow, F1, Delete
             return {b"[D": "l", b"[C": "r"}.get(os.read(terminal, 16), " ")
-        return key.decode("latin-1").lower().replace("\x04", "")  # Ctrl-D is an end
+        # Ctrl-D is an end; one that was typed ahead is read as NUL
+        return key.decode("latin-1").lower().strip("\x04\0")
     except OSError:  # the terminal is gone
         return ""
     finally:
