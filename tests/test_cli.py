@@ -41,7 +41,7 @@ from test_faults import tree
 ALGORITHMS = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "reinforce": reinforce, "ppo": ppo}
 CONFIGS = {**ALGORITHMS, "classifier": classifier, "bt": bt, "preference_rl": preference_rl, "dagger": dagger,
            "experiments/frontier": frontier, "experiments/scaling": scaling, "experiments/winrate": winrate}
-for name in ("derive", "dueling", "experiments/quiz", "experiments/distill", "experiments/bench", "experiments/memory"):
+for name in ("derive", "dueling", "label", "experiments/quiz", "experiments/distill", "experiments/bench", "experiments/memory"):
     CONFIGS[name] = importlib.import_module(name.replace("/", "."))
 SOURCES = [path for pattern in ("*.py", "common/*.py", "experiments/*.py", "data/*.py", "data/*/*.py")
            for path in clone.ROOT.glob(pattern)]
@@ -603,7 +603,7 @@ def test_the_scripts_can_prepare_every_dataset(prepare):
     inspect.signature(importlib.import_module(f"data.{prepare.parent.name}.prepare").prepare).bind(out=Path())
 
 
-@pytest.mark.parametrize("script", [*clone.SCRIPTS, "bt", "dueling", "preference_rl", "dagger",
+@pytest.mark.parametrize("script", [*clone.SCRIPTS, "bt", "dueling", "preference_rl", "dagger", "label",
                                     "experiments/distill", "experiments/bench", "experiments/memory", "experiments/frontier",
                                     "experiments/winrate", "experiments/scaling", "experiments/agreement",
                                     "experiments/samples", "data/reviews/prepare", "data/imdb/prepare", "data/tldr/prepare"])
