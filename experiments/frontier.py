@@ -23,8 +23,8 @@ about one standard error. Of a method with one setting the table has the end of 
 line of the figure is the best that a method reached at a KL or below it, so it never falls.
 
 Reads   what the scripts need, built if it is missing
-Writes  runs/<dataset>/frontier/ (or frontier-why/, frontier-FILE/, ...): the runs, results.jsonl (one row for each
-        evaluation), table.md, frontier.png, frontier.svg
+Writes  runs/<dataset>/frontier/ (or frontier-why/, frontier-FILE/, ...): the runs, results.jsonl
+        (one row for each evaluation), table.md, frontier.png, frontier.svg
 """
 from __future__ import annotations
 

@@ -209,8 +209,7 @@ def drawn_run(folder: str) -> PlannedRun:
                     if field.name in saved} | {"out": folder})
     method, strengths = Path(folder).resolve().name, []
     for name in ("target_kl", "beta", "alpha", "seed"):
-        part = "-" + label(name, getattr(run, name, ""))
-        if part in method:
-            method = method.replace(part, "", 1)
-            strengths += [name] if name != "seed" else []
+        part = re.escape("-" + label(name, getattr(run, name, "")))
+        method, found = re.subn(rf"{part}(?=-|$)", "", method, count=1)
+        strengths += [name] if found and name != "seed" else []
     return PlannedRun(method, shown(run, strengths), run.seed, run, saved["built_from"])

@@ -500,10 +500,11 @@ BAD_LOSSES = {  # body of the function, on line 3: what is said behind its name
     "return (c - r).mean()": "returned shape () for 8 pairs, expected (8,) (own.py, line 2)",
     "return (c - r)[1:]": "returned shape (7,) for 8 pairs", "return (c - r)[:, None]": "returned shape (8, 1) for 8 pairs",
     "return [0.0] * 8": "returned [0.0, 0.0, ", "pass": "returned None, expected a tensor of 8 losses (own.py, line 2)",
-    "return (c - r).detach()": "returned losses without a gradient to the ratios", "return c < r": "returned losses without a gra",
+    "return (c - r).detach()": "returned losses without a gradient to the ratios", "return c < r": "returned losses without",
     "return (c - r) / 0": "returned nan for pair 0, expected a finite number (own.py, line 2)",
-    "return (c - r).log()": "returned -inf for pair 0", "return (c - r).abs().sqrt()": "its gradient is not finite where the ratios "
-    "are 0.00, 0.00 (own.py, line 2)", "return torch.ones(8, requires_grad=True)": "its gradient: RuntimeError: One of the",
+    "return (c - r).log()": "returned -inf for pair 0",
+    "return (c - r).abs().sqrt()": "its gradient is not finite where the ratios are 0.00, 0.00 (own.py, line 2)",
+    "return torch.ones(8, requires_grad=True)": "returned losses without a gradient to the ratios",
     "return c - s": "NameError: name 's' is not defined (own.py, line 3)", "raise SystemExit": "SystemExit (own.py, line 3)",
     "return c @ torch.ones(3)": "RuntimeError: "}
 BAD_LOSS_NAMES = {
@@ -540,7 +541,8 @@ def test_a_loss_whose_file_has_changed_is_another_one(root, work, tmp_path, caps
     said = train("(2 - c + r) ** 2", "--out", "run")
     assert said.startswith("error: run was made with other settings: loss was '") and tree(tmp_path / "run") == before
     said = train("c - r if len(c) == 8 else c / 0", "--out", "new")
-    assert said.startswith("error: --loss own.py:f: returned nan for pair 0, expected") and not (tmp_path / "new/model.pt").exists()
+    assert said.startswith("error: --loss own.py:f: returned nan for pair 0, expected")
+    assert not (tmp_path / "new/model.pt").exists()
     assert dpo.Config(loss="a/own.py:f").out == "runs/reviews/dpo-beta0.1-seed0-loss-a-own.py-f"
     assert dpo.Config(loss="ipo", beta=1.0).out == "runs/reviews/ipo-beta1-seed0"
 
@@ -661,8 +663,9 @@ def test_no_dead_flags(script):
     starts from is read by the pipeline, and where it writes by the run folder."""
     fields = {field.name for field in dataclasses.fields(CONFIGS[script].Config)}
     shared = reads(clone.ROOT / "common/run.py") & {"resume", "out", "checkpoint_every"}
-    if "pipeline" in (clone.ROOT / f"{script}.py").read_text():
-        shared |= reads(clone.ROOT / "common/pipeline.py")
+    for name in ("common/pipeline.py", "experiments/grids.py"):
+        if Path(name).stem in (clone.ROOT / f"{script}.py").read_text():
+            shared |= reads(clone.ROOT / name)
     assert fields - reads(clone.ROOT / f"{script}.py") - shared == set()
 
 

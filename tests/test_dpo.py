@@ -94,8 +94,8 @@ def test_unlikelihood_by_hand_and_its_gradient():
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_ipo_by_hand_and_its_gradient(beta):
-    """h = (-3 + 4) - (-5 + 4.5) = 1.5. The gradient is 2 (h - 1 / (2 beta)) for the chosen log-probability, the opposite for the
-    rejected one; at h = 1 / (2 beta) it changes its sign, where DPO's still has the one that makes the margin larger."""
+    """h = (-3 + 4) - (-5 + 4.5) = 1.5. The gradient is 2 (h - 1 / (2 beta)) for the chosen log-probability, the opposite for
+    the rejected one; at h = 1 / (2 beta) it changes its sign, where DPO's still makes the margin larger."""
     by_hand = ipo_loss(*(torch.tensor([x], dtype=torch.double) for x in (-3.0, -5.0, -4.0, -4.5)), beta)
     assert by_hand.item() == pytest.approx((1.5 - 1 / (2 * beta)) ** 2)
     chosen, rejected, ref_chosen, ref_rejected = random_logprobs()
@@ -172,10 +172,10 @@ def policy_by_ipo(ref, wins, beta):
 @pytest.mark.parametrize("labels", ["bt", "argmax"])
 @pytest.mark.parametrize("beta", BETAS)
 def test_ipo_ends_at_the_reference_times_exp_of_how_often_a_response_wins(world, labels, beta):
-    """Derived: p (h - c)^2 + (1 - p) (-h - c)^2 with c = 1 / (2 beta) is (h - (2 p - 1) c)^2 and a constant. With h = u_a - u_b, the
-    sum over all pairs is least where u_a is the mean over b of (2 p - 1) c: pi = pi_ref exp(P / beta) / Z, where P is how often a
-    wins over one drawn evenly, itself with 1/2. So margins are below 1 / beta, with labels that have no noise, too: there P is a
-    response's rank, and neighbours are 1 / (6 beta) apart. DPO's have no bound: twice the margin is less loss, always."""
+    """Derived: p (h - c)^2 + (1 - p) (-h - c)^2 with c = 1 / (2 beta) is (h - (2 p - 1) c)^2 and a constant. With h = u_a - u_b
+    the sum over all pairs is least where u_a is the mean over b of (2 p - 1) c: pi = pi_ref exp(P / beta) / Z, where P is how
+    often a wins over one drawn evenly, itself with 1/2. So margins are below 1 / beta, with labels that have no noise, too:
+    there P is a response's rank, and neighbours are 1 / (6 beta) apart. DPO's have no bound: a larger margin is less loss."""
     ref, r, wins = world
     A, B = all_pairs(RESPONSES)
     if labels == "argmax":
@@ -188,8 +188,9 @@ def test_ipo_ends_at_the_reference_times_exp_of_how_often_a_response_wins(world,
     if labels == "argmax":
         steps = ratios.sort(1).values.diff(dim=1)
         torch.testing.assert_close(steps, torch.full_like(steps, 1 / (RESPONSES * beta)), rtol=1e-6, atol=1e-8)
-        loss = lambda scale: (wins * dpo_loss(*(scale * ratios[:, A], scale * ratios[:, B], *torch.zeros(2, 1)), beta)[0]).mean()  # noqa: E731
-        assert loss(8) < loss(4) < loss(2) < loss(1)
+        zero = torch.zeros(1)
+        dpo_losses = [(wins * dpo_loss(k * ratios[:, A], k * ratios[:, B], zero, zero, beta)[0]).mean() for k in (1, 2, 4, 8)]
+        assert dpo_losses == sorted(dpo_losses, reverse=True) and dpo_losses[-1] < dpo_losses[0]
 
 
 @pytest.mark.parametrize("p", [0.5, 0.7, 1.0])

@@ -308,15 +308,18 @@ def test_a_grid_of_ones_own(tmp_path, monkeypatch):
                                              ("Identity", "beta 0.1, lr 0.0008", 0)]
     assert [run.seed for run in runs] == [0, 0, 0, 1, 1, 1]
     assert [run.config.loss for run in runs[:3]] == ["mine.py:f", "ipo", "ipo"] and runs[2].config.lr == 4 * dpo.Config().lr
-    assert {run.config.sft for run in runs} == {"a/policy"} and runs[2].config.evaluate_every == 9 != runs[1].config.evaluate_every
+    assert {run.config.sft for run in runs} == {"a/policy"}
+    assert runs[2].config.evaluate_every == 9 != runs[1].config.evaluate_every
     assert [Path(run.config.out) for run in runs[:3]] == [Path("a/policy/frontier-own") / name for name in (
         "mine-i-loss-mine.py-f-beta0.5-seed0", "identity-loss-ipo-beta0.03-seed0", "identity-beta0.1-loss-ipo-lr0.0008-seed0")]
-    assert [run[:3] for run in plan(parse(frontier.Config, "", ["--grid", "own.json", "--quick"]))] == [run[:3] for run in runs[:2]]
+    few = plan(parse(frontier.Config, "", ["--grid", "own.json", "--quick"]))
+    assert [run[:3] for run in few] == [run[:3] for run in runs[:2]]
 
 
 def test_the_grid_of_the_page_can_be_planned(tmp_path, monkeypatch):
     """docs: "On the frontier", with the loss of the section above it; and the runs that it draws are called as it says."""
-    page = next(text for text in (path.read_text() for path in (clone.ROOT / "docs").rglob("*.md")) if "## On the frontier" in text)
+    pages = [path.read_text() for path in (clone.ROOT / "docs").rglob("*.md")]
+    page = next(text for text in pages if "## On the frontier" in text)
     section = page.split("## On the frontier")[1]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "methods.json").write_text(re.search(r"```json\n(.*?)```", section, re.S)[1])
@@ -331,11 +334,13 @@ def test_the_grid_of_the_page_can_be_planned(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("methods, line", [
-    ("{", ": not JSON ("), ([1], ": expected a JSON object"), ({}, ": no method in it"), ({"a": "dpo.py"}, ", a: expected a list"),
+    ("{", ": not JSON ("), ([1], ": expected a JSON object"), ({}, ": no method in it"),
+    ({"a": "dpo.py"}, ", a: expected a list"),
     ({"a": []}, ", a: expected a list of commands"), ({"a": [["dpo.py"]]}, ", a: expected a list of commands"),
     ({"a": ["dpo.py"], "b": ["dpo.py --beta '1"]}, """, b, "dpo.py --beta '1": No closing quotation"""),
     ({"a": ["bt.py"]}, ", a, 'bt.py': 'bt.py': expected one of sft.py, dpo.py, reinforce.py, ppo.py"),
-    ({"a": [""]}, ", a, '': '': expected one of"), ({"a": ["dpo.py --bet 1"]}, ", a, 'dpo.py --bet 1': unrecognized arguments: --bet"),
+    ({"a": [""]}, ", a, '': '': expected one of"),
+    ({"a": ["dpo.py --bet 1"]}, ", a, 'dpo.py --bet 1': unrecognized arguments: --bet"),
     ({"a": ["dpo.py", "dpo.py --beta -1"]}, ", a, 'dpo.py --beta -1': --beta -1.0: must be > 0"),
     ({"a": ["dpo.py --beta 1 2"]}, ", a, 'dpo.py --beta 1 2': argument --beta: invalid float value"),
     ({"a": ["dpo.py new --beta 1"]}, ", a, 'dpo.py new --beta 1': unrecognized arguments: "),
@@ -381,7 +386,7 @@ def test_every_method_starts_from_the_policy_that_is_named():
     ("--dataset nope", "--dataset nope: there is no data/nope"),
     ("--print --workers 2", "--workers: not with --print, which runs nothing"),
     ("--preset gpu", "--preset gpu: data/reviews has no such preset"), ("--grid nope.json", "nope.json: no such file"),
-    ("--grid nope", "--grid nope: expected paper, why, ablation or FILE.json"), ("--grid why.json", "--grid why.json: expected "),
+    ("--grid nope", "--grid nope: expected paper, why, ablation or FILE.json"), ("--grid why.json", "--grid why.json: expected"),
     ("--draw run --print", "--draw: not with --print"), ("--draw run", "--draw run: no finished run there (no model.pt)"),
     ("--out afile/output", "afile/output: cannot be written (")])
 def test_a_mistake_is_one_line_before_anything_is_built(flags, line, root, tmp_path):
@@ -617,8 +622,9 @@ def own_runs(root, alone, tmp_path_factory) -> list[Path]:
     cwd, runs = tmp_path_factory.mktemp("own"), []
     for flags in ("--beta 0.1", "--beta 0.2 --evaluate-every 8"):
         runs.append(cwd / f"ipo-{flags[2:].split(' --')[0].replace(' ', '')}-seed0")
-        assert clone.run_here(root, cwd, "dpo", "--sft", alone / "runs/reviews/sft", "--loss", "ipo", "--batch-size", "16", "--warmup",
-                              "2", "--epochs", "0.5", *flags.split(), "--out", runs[-1]) == 0
+        small = "--loss ipo --batch-size 16 --warmup 2 --epochs 0.5"
+        assert clone.run_here(root, cwd, "dpo", "--sft", alone / "runs/reviews/sft", *small.split(), *flags.split(),
+                              "--out", runs[-1]) == 0
     return runs
 
 
@@ -632,8 +638,8 @@ def test_finished_runs_are_drawn_beside_those_of_the_grid(root, alone, fresh, ow
         shutil.rmtree(folder)
     assert run_sweep(root, fresh, popen=nothing, arguments=[*ARGUMENTS, "--draw", *map(str, own_runs)]) == 0
     rows = results(fresh)
-    assert rows[:-len(own_rows := [row for row in rows if row["method"] == "ipo"])] == [r for r in before if r["method"] != "PPO"]
-    one, *path = own_rows
+    assert [row for row in rows if row["method"] != "ipo"] == [row for row in before if row["method"] != "PPO"]
+    one, *path = [row for row in rows if row["method"] == "ipo"]
     evaluation = json.loads((own_runs[0] / "evaluation.json").read_text())
     expected = evaluation["table"]["IPO beta 0.1"]
     assert [one[name] for name in ("kl", "reward", "reward_se", "length", "step")] == [
@@ -661,7 +667,7 @@ def test_runs_that_cannot_be_drawn(root, alone, fresh, own_runs, monkeypatch):
 
 
 def test_a_sweep_of_a_grid_of_ones_own(root, alone, fresh, monkeypatch):
-    """A loss of the user's and IPO end in a table and a picture; and when the loss's file has changed, its runs are other ones."""
+    """A loss of the user's and IPO end in one table; and when the loss's file has changed, its runs are other ones."""
     grid_file(fresh, {"mine": [f"{DPO} --loss mine.py:f"], "IPO": [f"{DPO} --loss ipo --beta 0.3"]})
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     assert run_sweep(root, fresh, arguments=[*ARGUMENTS, "--grid", "own.json"]) == 0
