@@ -10,7 +10,9 @@ reward r*, its optimum is pi_ref(y|x) exp(r*(x, y) / beta) / Z(x), Eq. 4.
 
     python dpo.py --beta 0.1                  # two minutes from nothing on 2 cores, then half a one
     python dpo.py --dataset imdb --beta 0.1   # the paper's sentiment task, two hours on 2 cores
+    python dpo.py --loss ipo                  # a squared loss, whose margins stay bounded
     python dpo.py --loss unlikelihood         # the paper's baseline, without a reference
+    python dpo.py --loss FILE.py:function     # a loss of your own: see docs/your_own.md
     python dpo.py --pairs FILE.jsonl          # your own pairs: {"prompt", "chosen", "rejected"}
 
 Reads   the SFT policy (trained if it is missing); the pairs (sampled from it and labelled, if they
@@ -41,6 +43,7 @@ from tqdm import tqdm
 
 import evaluate
 from common import pipeline, tasks
+from common.files import sha256
 from common.pairs import pair_tensors, split
 from common.processes import add_gradients, mine
 from common.run import Run
@@ -49,7 +52,11 @@ from common.settings import (parse, require, require_numbers, require_processes,
 from common.sharding import shard
 from common.training import (Device, Dtype, Mean, adamw, autocast, batches, check_steps, device,
                              half_ties, set_lr, warmup_linear)
+from common.user_code import Loss, own_loss
 from model import response_logprobs, summed_logprobs
+
+# --loss -> the method's name in tables
+LOSSES = {"dpo": "DPO", "ipo": "IPO", "unlikelihood": "Unlikelihood"}
 
 
 @settings
@@ -58,8 +65,8 @@ class Config:
     preset: str = "cpu"  # Kind of machine that the task's sizes are meant for.
 
     # ---- the loss
-    loss: Literal["dpo", "unlikelihood"] = "dpo"  # DPO's, or the paper's baseline without
-    # reference.
+    loss: str = "dpo"  # Which: dpo, ipo, unlikelihood (the paper's baseline, without a reference)
+    # or FILE.py:function of yours.
     beta: float = 0.1  # Weight of the KL to the reference: small = far from it.
     label_smoothing: float = 0.0  # Chance that a label is wrong (conservative DPO); below 0.5.
     alpha: float = 0.5  # Weight of the rejected response in the unlikelihood loss.
@@ -97,15 +104,22 @@ class Config:
             above_0="beta epochs batch_size lr warmup max_grad_norm",
             from_0="alpha prompts micro_batch_size seed evaluate_every bank_samples "
             "checkpoint_every")
-        dpo = self.loss == "dpo"
+        unlikelihood = self.loss == "unlikelihood"
+        require(self.loss in LOSSES or ".py:" in self.loss,
+                f"--loss {self.loss!r}: expected {', '.join(LOSSES)} or FILE.py:function")
         require(0 <= self.label_smoothing < 0.5,
                 f"--label-smoothing {self.label_smoothing}: must be in [0, 0.5)")
-        require(dpo or not self.label_smoothing, "--label-smoothing: needs --loss dpo")
-        require(dpo or self.beta == Config.beta, "--beta: needs --loss dpo")
-        require(not dpo or self.alpha == Config.alpha, "--alpha: needs --loss unlikelihood")
+        require(self.loss == "dpo" or not self.label_smoothing,
+                "--label-smoothing: needs --loss dpo")
+        require(not unlikelihood or self.beta == Config.beta,
+                "--beta: not with --loss unlikelihood, which has none")
+        require(unlikelihood or self.alpha == Config.alpha, "--alpha: needs --loss unlikelihood")
         require(not (self.prompts and self.pairs), "--prompts: not with --pairs")
         self.out = self.out or run_folder(
-            self, self.loss, always=("beta" if dpo else "alpha", "seed"), never=("loss", ))
+            self,
+            self.loss if self.loss in LOSSES else "dpo",
+            always=("alpha" if unlikelihood else "beta", "seed"),
+            never=("loss",) if self.loss in LOSSES else ())
 
 
 def dpo_loss(chosen_logprobs: torch.Tensor,
@@ -137,6 +151,20 @@ def dpo_loss(chosen_logprobs: torch.Tensor,
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
+def ipo_loss(chosen_logprobs: torch.Tensor, rejected_logprobs: torch.Tensor,
+             ref_chosen_logprobs: torch.Tensor, ref_rejected_logprobs: torch.Tensor,
+             beta: float) -> torch.Tensor:
+    """(h - 1 / (2 beta))^2 of each pair, (B,), where h is the log pi/pi_ref of the chosen response
+    less that of the rejected: IPO (Azar et al. 2023, Eq. 17, whose tau is our beta).
+
+    A square in place of the sigmoid: h has a target. Where labels have no noise, DPO's h grows
+    for ever and IPO's does not: of a pair that is always won it is 1 / (2 beta), of one that is won
+    with probability p it is (2 p - 1) / (2 beta).
+    """
+    h = (chosen_logprobs - ref_chosen_logprobs) - (rejected_logprobs - ref_rejected_logprobs)
+    return (h - 1 / (2 * beta)).square()
+
+
 def unlikelihood_loss(chosen_logprobs: torch.Tensor, rejected_logprobs: torch.Tensor,
                       alpha: float) -> torch.Tensor:
     """-log pi(y_w|x) + alpha log pi(y_l|x) of each pair, (B,): the paper's Unlikelihood baseline
@@ -149,25 +177,38 @@ def unlikelihood_loss(chosen_logprobs: torch.Tensor, rejected_logprobs: torch.Te
 
 def losses_of(
         config: Config, chosen_logprobs: torch.Tensor, rejected_logprobs: torch.Tensor,
-        ref_chosen_logprobs: torch.Tensor,
-        ref_rejected_logprobs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        ref_chosen_logprobs: torch.Tensor, ref_rejected_logprobs: torch.Tensor,
+        lengths: torch.Tensor,
+        own: Loss | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The loss that --loss names, and the implicit rewards, (B,) each: in training and on held-out
-    pairs alike."""
-    losses, chosen_rewards, rejected_rewards = dpo_loss(chosen_logprobs, rejected_logprobs,
-                                                        ref_chosen_logprobs, ref_rejected_logprobs,
-                                                        config.beta, config.label_smoothing)
-    if config.loss == "unlikelihood":
+    pairs alike.
+
+    Args:
+        lengths: (2, B) tokens of the chosen and of the rejected response, for a loss of the user's.
+        own: that loss, if --loss is FILE.py:function.
+    """
+    logprobs = (chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
+    losses, chosen_rewards, rejected_rewards = dpo_loss(*logprobs, config.beta,
+                                                        config.label_smoothing)
+    if config.loss == "ipo":
+        losses = ipo_loss(*logprobs, config.beta)
+    elif config.loss == "unlikelihood":
         losses = unlikelihood_loss(chosen_logprobs, rejected_logprobs, config.alpha)
+    elif own:
+        losses = own(chosen_logprobs - ref_chosen_logprobs,
+                     rejected_logprobs - ref_rejected_logprobs, config.beta, *lengths)
     return losses, chosen_rewards, rejected_rewards
 
 
 def train(config: Config) -> Path:
     """Build what is missing, train, evaluate, and return the run folder."""
     # ---- 1) the reference policy, the pairs, and what the policy will be measured with -----------
+    own = None if config.loss in LOSSES else own_loss(config.loss)  # tried before all else
     start = pipeline.start(config)
     pairs = pair_tensors(start.pairs, start.tokenizer.pad)  # (2, N, ...): chosen, rejected
     train_rows, held_rows = split(start.pairs, draw=bool(config.pairs))  # no prompt is in both
     ref_logprobs = pipeline.reference_logprobs(start, pairs)  # (2, N), once: it does not change
+    response_lengths = (pairs.lengths - pairs.prompt_lengths).to(device())  # (2, N) tokens
 
     # ---- 2) the policy starts as a copy of the reference -----------------------------------------
     policy = copy.deepcopy(start.ref).train()
@@ -193,9 +234,10 @@ def train(config: Config) -> Path:
         return chosen, rejected
 
     # ---- 3) train --------------------------------------------------------------------------------
-    name = f"DPO beta {config.beta:g}"
+    weight = f"beta {config.beta:g}"
     if config.loss == "unlikelihood":
-        name = f"Unlikelihood alpha {config.alpha:g}"
+        weight = f"alpha {config.alpha:g}"
+    name = f"{LOSSES.get(config.loss, Path(config.loss).name)} {weight}"
     bar = tqdm(range(run.step, steps), f"{name}, {len(train_rows)} pairs", steps, initial=run.step)
     for step in bar:
         if config.evaluate_every and step % config.evaluate_every == 0:
@@ -208,7 +250,8 @@ def train(config: Config) -> Path:
         for rows in mine(batch).split(config.micro_batch_size or len(batch)):
             chosen_logprobs, rejected_logprobs = logprobs_of(rows)
             losses, chosen_rewards, rejected_rewards = losses_of(
-                config, chosen_logprobs, rejected_logprobs, *ref_logprobs[:, rows])
+                config, chosen_logprobs, rejected_logprobs, *ref_logprobs[:, rows],
+                response_lengths[:, rows], own)
             # divided by the whole batch, so that micro-batches add up to the gradient of its mean
             (losses.sum() / len(batch)).backward()
             metrics.add(loss=losses, accuracy=half_ties(chosen_rewards, rejected_rewards),
@@ -241,7 +284,8 @@ def train(config: Config) -> Path:
             held_logprobs.append(
                 summed_logprobs(policy, tokens, prompt_lengths, lengths, config.dtype))
         losses, chosen_rewards, rejected_rewards = losses_of(
-            config, *held_logprobs, *ref_logprobs[:, held_rows].cpu())
+            config, *held_logprobs, *ref_logprobs[:, held_rows].cpu(),
+            response_lengths[:, held_rows].cpu(), own)
         result["held_out_loss"] = losses.mean().item()
         result["held_out_accuracy"] = half_ties(chosen_rewards, rejected_rewards).mean().item()
     run.log(**result)
@@ -258,9 +302,12 @@ def train(config: Config) -> Path:
 
 
 def built_from(config: Config, start: pipeline.Start) -> dict[str, str]:
-    """What a run is made from: with other weights or other pairs under the same names it is another
-    run."""
-    return {"policy": start.policy_id, "pairs": start.pairs_id}
+    """What a run is made from: with other weights, pairs or code of a loss under the same names it
+    is another run."""
+    made_from = {"policy": start.policy_id, "pairs": start.pairs_id}
+    if config.loss not in LOSSES:
+        made_from["loss"] = sha256(config.loss.rpartition(":")[0])
+    return made_from
 
 
 def end_beta(config: Config) -> float | None:

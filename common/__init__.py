@@ -7,6 +7,7 @@
     sharding.py     --shard: where a model no longer fits one device
     run.py          the run folder: settings, log, checkpoints, resume; finished models
     rewards.py      gold, learned, FILE.py:function: one interface
+    user_code.py    FILE.py:function: how it is loaded, and how its mistakes are named
     tasks.py        what a task is, and its prepared data
     pairs.py        preference pairs: the file, its checks, sampling and labels
     tokenizer.py    byte-level BPE

@@ -12,15 +12,12 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import importlib.util
 import inspect
 import itertools
 import json
 import math
 import numbers
-import sys
 import textwrap
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
@@ -34,6 +31,7 @@ from common.run import check_same_task, load_run
 from common.sharding import whole
 from common.tokenizer import Tokenizer
 from common.training import autocast, device, fingerprint, pad, similar_lengths
+from common.user_code import blamed, described, load_function
 from model import Samples, ScalarModel
 
 
@@ -201,16 +199,8 @@ def user_function(name: str, flag: str) -> Callable[..., torch.Tensor]:
     is loaded, and while it is called. It gets copies of the lists, so it may do with them what it
     likes.
     """
-    path, _, attribute = name.rpartition(":")
-    if not path.endswith(".py") or not Path(path).is_file():
-        others = ""
-        if flag == "--reward":
-            others = "model, gold, the folder of a reward model's run, or "
-        fail(f"{flag} {name!r}: expected {others}FILE.py:function")
-    module = load_module(path, f"{flag} {name}")
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        fail(f"{flag} {name}: {path} has no function {attribute!r}")
+    others = "model, gold, the folder of a reward model's run, or " if flag == "--reward" else ""
+    function, path = load_function(name, flag, others)
 
     def checked(*texts: list[str]) -> torch.Tensor:
         if RANK == 0:
@@ -244,42 +234,6 @@ def user_function(name: str, flag: str) -> Callable[..., torch.Tensor]:
         return torch.tensor([float(value) for value in values])
 
     return checked
-
-
-def load_module(path: str, what: str) -> Any:
-    """A Python file as a module. Files beside it can be imported, and dataclasses and pickle find
-    it by its name."""
-    name = "user_" + hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:12]
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    beside = str(Path(path).resolve().parent)
-    if beside not in sys.path:
-        # behind ours: a model.py of theirs must not take the place of our own
-        sys.path.append(beside)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        place = f", line {error.lineno}" if isinstance(
-            error, SyntaxError) else f"; {blamed(error, path, None)}"
-        fail(f"{what}: {path} cannot be loaded ({described(error)}{place})")
-    return module
-
-
-def described(error: BaseException) -> str:
-    return f"{type(error).__name__}: {short(error)}" if str(error) else type(error).__name__
-
-
-def blamed(error: BaseException | None, path: str, function: Any) -> str:
-    """File and line of the user's code: where it raised, or else where the function begins."""
-    frames = traceback.extract_tb(error.__traceback__) if error else []
-    own = [frame for frame in frames if Path(frame.filename).resolve() == Path(path).resolve()]
-    if own:
-        return f"{path}, line {own[-1].lineno}"
-    code = getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None)
-    return f"{path}, line {code.co_firstlineno}" if code else path
 
 
 def is_finite_number(value: Any) -> bool:

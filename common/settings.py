@@ -168,6 +168,7 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message} (see --help)")
 
 
+@functools.cache
 def field_notes(cls: type) -> dict[str, tuple[str, str]]:
     """Heading and comment of each field, as the source has them: they are the groups and lines of
     --help.
@@ -214,7 +215,7 @@ def parse(cls: type, description: str, argv: list[str] | None = None) -> Any:
         heading, reason = notes[field.name]
         group = groups.setdefault(heading, None) or parser.add_argument_group(heading)
         groups[heading] = group
-        default = defaults[field.name] if defaults[field.name] != "" else "none"
+        default = defaults[field.name] if defaults[field.name] not in ("", ()) else "none"
         how: dict[str, Any] = {
             "default": argparse.SUPPRESS, "help": f"{reason} [{default}]".replace("%", "%%")
         }
@@ -222,6 +223,8 @@ def parse(cls: type, description: str, argv: list[str] | None = None) -> Any:
             group.add_argument(flag, action="store_true", **how)
         elif typing.get_origin(kind) is typing.Literal:
             group.add_argument(flag, choices=typing.get_args(kind), **how)
+        elif typing.get_origin(kind) is tuple:
+            group.add_argument(flag, nargs="+", metavar="RUN", **how)
         else:
             group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), **how)
     return cls(**vars(parser.parse_args(argv)))

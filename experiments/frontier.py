@@ -5,6 +5,8 @@
     python experiments/frontier.py --dataset imdb      # the paper's task: hours, in pieces
     python experiments/frontier.py --grid why          # what keeps each method from the optimum
     python experiments/frontier.py --grid ablation     # what each part of PPO buys
+    python experiments/frontier.py --grid FILE.json    # methods of your own: docs/your_own.md
+    python experiments/frontier.py --draw RUN ...      # with these finished runs; nothing is run
 
 (Times are for 2 cores, from nothing.) Every run is a plain command, which is printed as it starts.
 Stop it whenever you like: Ctrl-C leaves table and figure of what is finished, and the same command
@@ -21,8 +23,8 @@ about one standard error. Of a method with one setting the table has the end of 
 line of the figure is the best that a method reached at a KL or below it, so it never falls.
 
 Reads   what the scripts need, built if it is missing
-Writes  runs/<dataset>/frontier/ (or frontier-why/, ...): the runs, results.jsonl (one row for each
-        evaluation), table.md, frontier.png, frontier.svg
+Writes  runs/<dataset>/frontier/ (or frontier-why/, frontier-FILE/, ...): the runs, results.jsonl
+        (one row for each evaluation), table.md, frontier.png, frontier.svg
 """
 from __future__ import annotations
 
@@ -34,30 +36,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, for th
 import common  # noqa: F401  first, so that Ctrl-C while torch is imported is one line, too
 
 import math
-import re
 import statistics
 from collections import Counter
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
-from itertools import zip_longest
-from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
-import dpo
 import evaluate
-import ppo
-import reinforce
-import sft
-from common import pipeline, tasks
+from common import fail, pipeline
 from common.figures import figure
-from common.files import atomic_write, check_writable, write_jsonl
+from common.files import atomic_write, check_writable, read_json_object, write_jsonl
 from common.run import check_folder
-from common.settings import (ROUNDING_ONLY, changed, defaults_of, parse, require, require_numbers,
-                             run_folder, runs_folder, runs_of, script_of, settings)
+from common.settings import (changed, defaults_of, parse, require, require_numbers, runs_folder,
+                             runs_of, settings)
 from common.statistics import mean_se
 from common.training import Device, use_device
-from experiments.sweep import (STOPPED, PlannedRun, finished_log, print_commands, run_all,
-                               with_sources)
+from experiments.grids import GRIDS, drawn_run, methods_of, plan
+from experiments.sweep import (STOPPED, PlannedRun, finished_log, is_finished, print_commands,
+                               run_all, with_sources)
 
 KLS = (1.0, 2.0, 4.0, 8.0)  # nats at which the table reads every method
 
@@ -68,8 +64,9 @@ class Config:
     preset: str = "cpu"  # Kind of machine that the task's sizes are meant for.
 
     # ---- what is run
-    grid: Literal["paper", "why", "ablation"] = "paper"  # paper = every method of the paper's
-    # figure; why = what keeps each from the optimum; ablation = what each part of PPO buys.
+    grid: str = "paper"  # paper = every method of the paper's figure; why = what keeps each from
+    # the optimum; ablation = what each part of PPO buys; or FILE.json: {method: [command, ...]}.
+    draw: tuple[str, ...] = ()  # Run nothing: draw these finished runs beside those of the grid.
     quick: bool = False  # Run one seed of a few settings.
     seeds: int = 3  # Runs of every setting.
     sft: str = ""  # Run folder of the SFT policy, if not runs/<dataset>/sft.
@@ -88,133 +85,13 @@ class Config:
                 "--seeds: not with --quick, which runs one seed")
         require(not self.print or "workers" not in changed(self),
                 "--workers: not with --print, which runs nothing")
+        require(not self.print or not self.draw, "--draw: not with --print")
+        own = Path(self.grid).stem
+        require(self.grid in GRIDS or self.grid.endswith(".json") and own not in (*GRIDS, "quick"),
+                f"--grid {self.grid}: expected {', '.join(GRIDS)} or FILE.json of another name")
         base = runs_of(self.sft) if self.sft else runs_folder(self.dataset, self.preset)
-        name = "frontier" if self.grid == "paper" else f"frontier-{self.grid}"
+        name = "frontier" if self.grid == "paper" else f"frontier-{own}"
         self.out = self.out or str(base / (f"{name}-quick" if self.quick else name))
-
-
-# ---- the grids -----------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Method:
-    """One method of a grid.
-
-    Its settings are those of its script, and two more, which are multiples of what the task says:
-    lr_factor of the learning rate, prompts_factor of the prompts that pairs are sampled for.
-    """
-    script: ModuleType  # sft, dpo, reinforce or ppo
-    full: list[dict[str, float]]  # its settings, each of which is run with every seed
-    quick: list[dict[str, float]]  # the settings among them that --quick runs
-    fixed: dict[str, Any] = field(default_factory=dict)  # settings that all its runs share
-
-
-def single(script: ModuleType, beta: float, quick: bool = True, **fixed: Any) -> Method:
-    """A method with one setting, for a comparison in which one thing at a time is different."""
-    return Method(script, [dict(beta=beta)], [dict(beta=beta)] if quick else [], fixed)
-
-
-# The paper's grid (section 6.1): beta of DPO, alpha of Unlikelihood, target KL of PPO; extended to
-# smaller KLs, where the optimum lives. DPO's learning rate moves the KL as much as its beta does,
-# and so it is in the grid, too.
-DPO_SETTINGS = [dict(beta=beta) for beta in (0.05, 0.1, 0.3, 1.0, 5.0)]
-DPO_SETTINGS += [dict(beta=beta, lr_factor=factor) for beta in (0.1, 1.0) for factor in (0.25, 4.0)]
-# PPO's beta adapts to the target; it starts near the value that gives this KL in the end.
-PPO_TARGETS = [dict(target_kl=kl, beta=round(0.4 / kl**0.7, 3)) for kl in (1, 2, 3, 6, 9, 12)]
-ALPHAS = [dict(alpha=alpha) for alpha in (0.05, 0.1, 0.5, 1.0)]
-PAPER = {
-    "Preferred-FT": Method(sft, [dict()], quick=[dict()], fixed=dict(on="chosen")),
-    "Unlikelihood": Method(dpo, ALPHAS, quick=ALPHAS[2:3], fixed=dict(loss="unlikelihood")),
-    "DPO": Method(dpo, DPO_SETTINGS, quick=[dict(beta=0.1), dict(beta=1.0)]),
-    "PPO": Method(ppo, PPO_TARGETS, quick=PPO_TARGETS[2:3]),
-    "PPO-GT": Method(ppo, PPO_TARGETS, quick=PPO_TARGETS[2:3], fixed=dict(reward="gold")),
-}
-
-# Why the others fall short of PPO-GT, one difference at a time: more pairs; labels without noise;
-# the same pairs through a reward model, so that the responses are the policy's own.
-WHY = {
-    "DPO": single(dpo, 0.5),
-    "DPO, 10x pairs": single(dpo, 0.5, quick=False, prompts_factor=10, evaluate_every=250),
-    "DPO, noise-free labels": single(dpo, 0.5, labels="argmax"),
-    "PPO": single(ppo, 0.15),
-    "PPO, 10x pairs": single(ppo, 0.15, quick=False, prompts_factor=10),
-    "PPO-GT": single(ppo, 0.15, reward="gold"),
-}
-
-# What each part of PPO buys, on the gold reward: from REINFORCE without a baseline on, one part
-# after the other.
-GOLD = dict(reward="gold")
-ABLATION = {
-    "REINFORCE, no baseline": single(reinforce, 0.15, quick=False, **GOLD, baseline="none"),
-    "REINFORCE, leave-one-out": single(reinforce, 0.15, **GOLD),
-    "REINFORCE, value network": single(ppo, 0.15, quick=False, **GOLD, epochs=1),
-    "PPO": single(ppo, 0.15, **GOLD),
-    "PPO, no clipping": single(ppo, 0.15, quick=False, **GOLD, clip=1e6, value_clip=1e6),
-    "PPO, lam 0.95": single(ppo, 0.15, quick=False, **GOLD, lam=0.95),
-    "PPO, 4 epochs": single(ppo, 0.15, quick=False, **GOLD, epochs=4),
-}
-GRIDS = {"paper": PAPER, "why": WHY, "ablation": ABLATION}
-
-
-# ---- what is run ---------------------------------------------------------------------------------
-
-def plan(config: Config) -> list[PlannedRun]:
-    """Every run of the sweep. It can be stopped anywhere: the first seed comes first, of that what
-    --quick runs, and then a setting of each method in turn."""
-    methods = GRIDS[config.grid]
-    order = [(name, own) for name, method in methods.items() for own in method.quick]
-    if not config.quick:
-        left = [[(name, own) for own in method.full if own not in method.quick]
-                for name, method in methods.items()]
-        for turn in zip_longest(*left):
-            order += [one for one in turn if one]
-    seeds = 1 if config.quick else config.seeds
-    return [plan_run(config, name, own, seed) for seed in range(seeds) for name, own in order]
-
-
-def plan_run(config: Config, name: str, own: dict[str, float], seed: int) -> PlannedRun:
-    """The run of one setting of a method.
-
-    Args:
-        own: the setting, one of those in GRIDS[config.grid][name].
-    """
-    method = GRIDS[config.grid][name]
-    script = method.script.Config
-    preset = tasks.load_preset(config.dataset, config.preset)
-    values = {**method.fixed, **own}
-
-    # the two multiples of what the task says become numbers
-    lr_factor = values.pop("lr_factor", None)
-    if "prompts_factor" in values:
-        values["prompts"] = values.pop("prompts_factor") * preset.pair_prompts
-
-    # the SFT policy is what Preferred-FT starts from, and the reference of all the others
-    policy = dict(init=config.sft) if method.script is sft else dict(sft=config.sft)
-    every = preset.evaluate_every[script_of(script).stem]
-    run = script(**{"dataset": config.dataset, "preset": config.preset, "dtype": config.dtype,
-                    "device": config.device, "evaluate_every": every, **policy, **values,
-                    "seed": seed, "resume": True})
-    setting = {key: value for key, value in own.items() if key != "lr_factor"}
-    if lr_factor:
-        run.lr *= lr_factor
-        setting["lr"] = values["lr"] = run.lr
-
-    # a folder that is named by all settings: when a grid is changed, it does not meet older runs
-    named = [key for key in values if key not in ("on", *ROUNDING_ONLY)]
-    slug = re.sub(r"\W+", "-", name.lower())
-    folder = Path(run_folder(run, slug, always=(*named, "seed"), never=("init",)))
-    run.out = str(Path(config.out) / folder.name)
-    return PlannedRun(name, shown(setting), seed, run)
-
-
-def shown(setting: dict[str, float]) -> str:
-    """A setting as tables show it: "beta 0.1, lr 0.0008"."""
-    parts = []
-    for name, value in setting.items():
-        if name == "beta" and "target_kl" in setting:
-            continue  # only where it starts
-        value = value if isinstance(value, str) else f"{value:g}"
-        parts.append(f"{name.replace('_', ' ')} {value}")
-    return ", ".join(parts) or "default"
 
 
 # ---- what the runs have measured -----------------------------------------------------------------
@@ -231,9 +108,8 @@ def collect(runs: list[PlannedRun]) -> list[dict]:
         usual = defaults_of(type(config), **{name: getattr(config, name) for name in choice})["lr"]
         log = finished_log(run)
         end = log[-1]
-        for evaluation in log:
-            if "eval_reward" not in evaluation:
-                continue
+        evaluations = [row for row in log if "eval_reward" in row] or [at_the_end(run)]
+        for evaluation in evaluations:
             measured = {name.removeprefix("eval_"): value for name, value in evaluation.items()
                         if name.startswith("eval_")}
             rows.append({"method": run.method,
@@ -249,6 +125,16 @@ def collect(runs: list[PlannedRun]) -> list[dict]:
                          "samples": end.get("samples", 0),
                          "reward_calls": end.get("reward_calls", 0)})
     return rows
+
+
+def at_the_end(run: PlannedRun) -> dict:
+    """The evaluation at the end of a run that was not evaluated on its way."""
+    path = Path(run.config.out) / "evaluation.json"
+    evaluation = read_json_object(path, "step", "name", "table")
+    row = evaluation["table"][evaluation["name"]]
+    return {"step": evaluation["step"],
+            **{f"eval_{name}": value for name, value in row.items()
+               if name.removesuffix("_se") in ("reward", "kl", "length")}}
 
 
 def with_lr_factor(rows: list[dict]) -> list[dict]:
@@ -562,37 +448,48 @@ def draw_learning_rates(axis, rates: dict[float, dict[float, float]]) -> None:
 
 # ---- main ----------------------------------------------------------------------------------------
 
-def build(config: Config) -> tuple[evaluate.Bank, list[PlannedRun]]:
-    """What all runs share, and the runs; mistakes are named before any of it is built."""
+def build(config: Config) -> tuple[evaluate.Bank, list[PlannedRun], list[PlannedRun]]:
+    """What all runs share, the runs of the grid, and those to draw beside them; mistakes are named
+    before any of it is built."""
     use_device(config.device)
     check_writable(config.out)
     planned = plan(config)
     for run in planned:
         check_folder(run.config)
+    drawn = [drawn_run(folder) for folder in config.draw]
+    if drawn:
+        planned = [run for run in planned if is_finished(run)]
+    for run in drawn:
+        if [other[:3] for other in [*planned, *drawn]].count(run[:3]) > 1:
+            fail(f"--draw {run.config.out}: {run.method}, {run.setting}, seed {run.seed} is there "
+                 "twice")
     sft_folder = pipeline.sft_policy(config.sft, config.dataset, config.preset, config.dtype)
     start = pipeline.load(sft_folder, config.dataset, config.preset, config.dtype)
+    for run in drawn:
+        if start.policy_id not in run.built_from.values():
+            fail(f"--draw {run.config.out}: its SFT policy is not that in {start.sft}")
     start.gold = pipeline.gold_reward(start)
     bank = pipeline.sample_bank(start)
-    return bank, with_sources(planned, start)
+    return bank, with_sources(planned, start), drawn
 
 
 def main(config: Config) -> None:
     """Build what is missing, run what is not finished, and write rows, table and figure."""
     # ---- 1) what all runs share; with --print, stdout is for the commands alone ------------------
     with redirect_stdout(sys.stderr if config.print else sys.stdout):
-        bank, planned = build(config)
+        bank, planned, drawn = build(config)
     if config.print:
         return print_commands(planned)
 
     # ---- 2) the runs -----------------------------------------------------------------------------
     folder = Path(config.out)
     runs, stopped = run_all(planned, folder, config.workers)
-    if not runs:
+    if stopped and not runs:
         sys.exit(STOPPED)
 
     # ---- 3) rows, table, figure; printed when all of it is written -------------------------------
-    methods = list(GRIDS[config.grid])
-    rows = collect(sorted(runs, key=lambda run: methods.index(run.method)))
+    methods = list(methods_of(config.grid))
+    rows = collect([*sorted(runs, key=lambda run: methods.index(run.method)), *drawn])
     lines = table(rows, bank)
     text = markdown(lines, bank)
     if bank.gold != evaluate.Bank.gold:

@@ -187,7 +187,7 @@ def test_ranges_elsewhere(refused):
 def test_a_flag_that_would_be_ignored_is_refused(refused):
     """--pairs without --on chosen would train on documents for an hour, and never open the file."""
     assert "--pairs: needs --on chosen" in refused("sft", "--pairs", "pairs.jsonl")
-    assert "--beta: needs --loss dpo" in refused("dpo", "--loss", "unlikelihood", "--beta", "1")
+    assert "--beta: not with --loss unlikelihood" in refused("dpo", "--loss", "unlikelihood", "--beta", "1")
     assert "--prompts: not with --pairs" in refused("reward_model", "--prompts", "5", "--pairs", "pairs.jsonl")
     assert "--evaluate-every: needs --on chosen" in refused("sft", "--evaluate-every", "5")
 
@@ -531,6 +531,59 @@ def test_a_reward_whose_file_has_changed_is_another_one(root, work, tmp_path):
     assert tree(tmp_path / "run") == before
 
 
+# ---- a loss of one's own ---------------------------------------------------------------------------------------------
+
+BAD_LOSSES = {  # body of the function, on line 3: what is said behind its name
+    "return (c - r).mean()": "returned shape () for 8 pairs, expected (8,) (own.py, line 2)",
+    "return (c - r)[1:]": "returned shape (7,) for 8 pairs", "return (c - r)[:, None]": "returned shape (8, 1) for 8 pairs",
+    "return [0.0] * 8": "returned [0.0, 0.0, ", "pass": "returned None, expected a tensor of 8 losses (own.py, line 2)",
+    "return (c - r).detach()": "returned losses without a gradient to the ratios", "return c < r": "returned losses without",
+    "return (c - r) / 0": "returned nan for pair 0, expected a finite number (own.py, line 2)",
+    "return (c - r).log()": "returned -inf for pair 0",
+    "return (c - r).abs().sqrt()": "its gradient is not finite where the ratios are 0.00, 0.00 (own.py, line 2)",
+    "return torch.ones(8, requires_grad=True)": "returned losses without a gradient to the ratios",
+    "return c - s": "NameError: name 's' is not defined (own.py, line 3)", "raise SystemExit": "SystemExit (own.py, line 3)",
+    "return c @ torch.ones(3)": "RuntimeError: "}
+BAD_LOSS_NAMES = {
+    "nope": "--loss 'nope': expected dpo, ipo, unlikelihood or FILE.py:function", "": "--loss '': expected dpo, ipo",
+    "own.py": "--loss 'own.py': expected dpo, ipo", "nope.py:f": "--loss 'nope.py:f': expected dpo, ipo",
+    "own.py:g": "--loss own.py:g: own.py has no function 'g'", "own.py:torch": "own.py has no function 'torch'",
+    "broken.py:f": "--loss broken.py:f: broken.py cannot be loaded (SyntaxError: "}
+
+
+@pytest.mark.parametrize("case", [*BAD_LOSSES, *BAD_LOSS_NAMES])
+def test_a_bad_loss_is_refused_before_anything_is_trained(case, root, tmp_path, monkeypatch):
+    """Where no SFT policy is there yet, none is trained for it. One line names the user's own file and line."""
+    monkeypatch.setattr(sft, "train", lambda config: pytest.fail("too early"))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    body = case if case in BAD_LOSSES else "return c - r"
+    (tmp_path / "own.py").write_text(f"import torch\ndef f(c, r, beta, c_lengths, r_lengths):\n    {body}\n")
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    before = tree(tmp_path)
+    said = clone.run_here(root, tmp_path, "dpo", "--loss", "own.py:f" if case in BAD_LOSSES else case)
+    expected = f"--loss own.py:f: {BAD_LOSSES[case]}" if case in BAD_LOSSES else BAD_LOSS_NAMES[case]
+    assert said.startswith("error: --loss ") and expected in said and "\n" not in said and len(said) < 400, said
+    assert tree(tmp_path) == before
+
+
+def test_a_loss_whose_file_has_changed_is_another_one(root, work, tmp_path, capsys):
+    """As with a reward's. The run is called by the function's name, in its folder and its table; and a loss that becomes wrong
+    on the way stops with one line, and no model."""
+    def train(formula, *more):
+        (tmp_path / "own.py").write_text(f"def f(c, r, beta, *lengths):\n    return {formula}\n")
+        return clone.run_here(root, tmp_path, "dpo", "--sft", work / "runs/reviews/sft", "--pairs", work / "pairs.jsonl",
+                              "--loss", "own.py:f", *more)
+    assert train("(1 - c + r) ** 2", "--out", "run") == 0 and "\nown.py:f beta 0.1 " in capsys.readouterr().out
+    before = tree(tmp_path / "run")
+    said = train("(2 - c + r) ** 2", "--out", "run")
+    assert said.startswith("error: run was made with other settings: loss was '") and tree(tmp_path / "run") == before
+    said = train("c - r if len(c) == 8 else c / 0", "--out", "new")
+    assert said.startswith("error: --loss own.py:f: returned nan for pair 0, expected")
+    assert not (tmp_path / "new/model.pt").exists()
+    assert dpo.Config(loss="a/own.py:f").out == "runs/reviews/dpo-beta0.1-seed0-loss-a-own.py-f"
+    assert dpo.Config(loss="ipo", beta=1.0).out == "runs/reviews/ipo-beta1-seed0"
+
+
 @pytest.mark.parametrize("run, expected", [
     ("sft", "model.pt holds a GPT, expected a ScalarModel"), ("unfinished", "no finished run there (no model.pt)"),
     ("truncated", "model.pt: cannot be read ("), ("other-task", "model.pt holds a GPT"), ("nope", "expected model, gold"),
@@ -647,8 +700,9 @@ def test_no_dead_flags(script):
     starts from is read by the pipeline, and where it writes by the run folder."""
     fields = {field.name for field in dataclasses.fields(CONFIGS[script].Config)}
     shared = reads(clone.ROOT / "common/run.py") & {"resume", "out", "checkpoint_every"}
-    if "pipeline" in (clone.ROOT / f"{script}.py").read_text():
-        shared |= reads(clone.ROOT / "common/pipeline.py")
+    for name in ("common/pipeline.py", "experiments/grids.py"):
+        if Path(name).stem in (clone.ROOT / f"{script}.py").read_text():
+            shared |= reads(clone.ROOT / name)
     assert fields - reads(clone.ROOT / f"{script}.py") - shared == set()
 
 

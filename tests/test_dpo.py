@@ -4,11 +4,13 @@ The central test is `test_all_roads_lead_to_the_same_policy`.
 """
 import json
 import math
+import re
 import shutil
 
 import pytest
 import torch
 
+import clone
 import dpo
 import evaluate
 from common.files import sha256
@@ -17,8 +19,9 @@ from conftest import every_response, log_of, naive_logprobs, tiny_gpt
 from common import pipeline
 from common.pairs import encode_pairs, read_pairs, split
 from common.tokenizer import Tokenizer
-from derive import log_partition, objective, optimum, policy_by_ascent, policy_by_dpo, preference, reward_by_bradley_terry
-from dpo import dpo_loss, unlikelihood_loss
+from derive import (all_pairs, log_partition, minimise, objective, optimum, policy_by_ascent, policy_by_dpo, preference,
+                    reward_by_bradley_terry)
+from dpo import dpo_loss, ipo_loss, unlikelihood_loss
 from common.run import load_run
 from model import response_logprobs, summed_logprobs
 from ppo import compute_gae, compute_rewards, policy_loss
@@ -89,6 +92,22 @@ def test_unlikelihood_by_hand_and_its_gradient():
     torch.testing.assert_close(found, (torch.full_like(chosen, -1), torch.full_like(chosen, 0.3)), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("beta", BETAS)
+def test_ipo_by_hand_and_its_gradient(beta):
+    """h = (-3 + 4) - (-5 + 4.5) = 1.5. The gradient is 2 (h - 1 / (2 beta)) for the chosen log-probability, the opposite for
+    the rejected one; at h = 1 / (2 beta) it changes its sign, where DPO's still makes the margin larger."""
+    by_hand = ipo_loss(*(torch.tensor([x], dtype=torch.double) for x in (-3.0, -5.0, -4.0, -4.5)), beta)
+    assert by_hand.item() == pytest.approx((1.5 - 1 / (2 * beta)) ** 2)
+    chosen, rejected, ref_chosen, ref_rejected = random_logprobs()
+    weight = 2 * (chosen - ref_chosen - rejected + ref_rejected - 0.5 / beta)
+    found = torch.autograd.grad(ipo_loss(chosen, rejected, ref_chosen, ref_rejected, beta).sum(), (chosen, rejected))
+    torch.testing.assert_close(found, (weight, -weight), rtol=1e-12, atol=1e-12)
+    h = (torch.tensor([0.9, 1.0, 1.1], dtype=torch.double) / (2 * beta)).requires_grad_()
+    zero = torch.zeros(3, dtype=torch.double)
+    assert torch.autograd.grad(ipo_loss(h, zero, zero, zero, beta).sum(), h)[0].sign().tolist() == [-1, 0, 1]
+    assert torch.autograd.grad(dpo_loss(h, zero, zero, zero, beta)[0].sum(), h)[0].sign().tolist() == [-1, -1, -1]
+
+
 # ---- where it ends: everything enumerated ----------------------------------------------------------------------------
 
 PROMPTS, RESPONSES = 2, 6
@@ -138,6 +157,48 @@ def test_all_roads_lead_to_the_same_policy(world, beta):
         # Eq. 5: there the implicit reward is the true one, but for a constant a prompt
         implicit = beta * (logprobs - ref)
         torch.testing.assert_close(implicit - implicit[:, :1], r - r[:, :1], rtol=0, atol=1e-5)
+
+
+def policy_by_ipo(ref, wins, beta):
+    """log pi (..., responses) with the least IPO loss over all ordered pairs, A before B with the chance `wins`."""
+    A, B = all_pairs(ref.shape[-1])
+
+    def loss(logits):
+        logprobs = logits.log_softmax(-1)
+        return (wins * ipo_loss(logprobs[..., A], logprobs[..., B], ref[..., A], ref[..., B], beta)).mean() * beta**2
+    return minimise(loss, ref).log_softmax(-1)
+
+
+@pytest.mark.parametrize("labels", ["bt", "argmax"])
+@pytest.mark.parametrize("beta", BETAS)
+def test_ipo_ends_at_the_reference_times_exp_of_how_often_a_response_wins(world, labels, beta):
+    """Derived: p (h - c)^2 + (1 - p) (-h - c)^2 with c = 1 / (2 beta) is (h - (2 p - 1) c)^2 and a constant. With h = u_a - u_b
+    the sum over all pairs is least where u_a is the mean over b of (2 p - 1) c: pi = pi_ref exp(P / beta) / Z, where P is how
+    often a wins over one drawn evenly, itself with 1/2. So margins are below 1 / beta, with labels that have no noise, too:
+    there P is a response's rank, and neighbours are 1 / (6 beta) apart. DPO's have no bound: a larger margin is less loss."""
+    ref, r, wins = world
+    A, B = all_pairs(RESPONSES)
+    if labels == "argmax":
+        wins = (r[:, A] > r[:, B]).double()
+    P = (0.5 + wins.view(PROMPTS, RESPONSES, RESPONSES - 1).sum(2)) / RESPONSES
+    found = policy_by_ipo(ref, wins, beta)
+    torch.testing.assert_close(found, (ref + P / beta).log_softmax(1), rtol=0, atol=1e-8)
+    ratios = found - ref
+    assert (ratios[:, A] - ratios[:, B]).max() < 1 / beta
+    if labels == "argmax":
+        steps = ratios.sort(1).values.diff(dim=1)
+        torch.testing.assert_close(steps, torch.full_like(steps, 1 / (RESPONSES * beta)), rtol=1e-6, atol=1e-8)
+        zero = torch.zeros(1)
+        dpo_losses = [(wins * dpo_loss(k * ratios[:, A], k * ratios[:, B], zero, zero, beta)[0]).mean() for k in (1, 2, 4, 8)]
+        assert dpo_losses == sorted(dpo_losses, reverse=True) and dpo_losses[-1] < dpo_losses[0]
+
+
+@pytest.mark.parametrize("p", [0.5, 0.7, 1.0])
+def test_ipo_of_one_pair_has_the_margin_of_its_label(p):
+    """(2 p - 1) / (2 beta), which is 0 for a coin and at most 1 / (2 beta)."""
+    ref, beta = torch.tensor([0.3, 0.7], dtype=torch.double).log(), 0.2
+    ratios = policy_by_ipo(ref, torch.tensor([p, 1 - p], dtype=torch.double), beta) - ref
+    assert (ratios[0] - ratios[1]).item() == pytest.approx((2 * p - 1) / (2 * beta), abs=1e-9)
 
 
 def test_the_fitted_reward_is_the_true_one_up_to_a_constant(world):
@@ -274,10 +335,62 @@ def test_first_step_of_unlikelihood_is_the_definition(small_run, sft_run, pairs_
         assert "Unlikelihood alpha 0.3" in json.loads((folder / "evaluation.json").read_text())["table"]
 
 
+OWN = """import torch.nn.functional as F
+def dpo(chosen_ratios, rejected_ratios, beta, chosen_lengths, rejected_lengths):
+    return -F.logsigmoid(beta * chosen_ratios - beta * rejected_ratios)
+def ipo(chosen_ratios, rejected_ratios, beta, *lengths):
+    chosen_ratios -= rejected_ratios
+    return (chosen_ratios - 1 / (2 * beta)).square()
+def lengths(chosen_ratios, rejected_ratios, beta, chosen_lengths, rejected_lengths):
+    return 0 * chosen_ratios + 0 * rejected_ratios + chosen_lengths + 1000 * rejected_lengths
+"""
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo"])
+def test_a_loss_of_ones_own_is_trained_and_held_out_like_a_built_in_one(loss, small_run, tmp_path):
+    """The same formula in a file of the user's: the same losses, held-out loss and weights, whatever it does with its tensors;
+    and the table names the function."""
+    (tmp_path / "own.py").write_text(OWN)
+    settings = dict(beta=0.3, micro_batch_size=5, lr=1e-3)
+    rows, folder = small_run(loss=loss, **settings)
+    own, own_folder = small_run(loss=f"{tmp_path / 'own.py'}:{loss}", **settings)
+    for a, b in zip(rows, own, strict=True):
+        a.pop("seconds", None), b.pop("seconds", None)
+        assert b == pytest.approx(a, rel=1e-5)
+    a, b = (load_run(run)[0].state_dict() for run in (folder, own_folder))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    table = json.loads((own_folder / "evaluation.json").read_text())["table"]
+    assert f"own.py:{loss} beta 0.3" in table and "limit of this run in theory" not in table
+
+
+def test_a_loss_of_ones_own_gets_the_tokens_of_the_responses(small_run, sft_run, pairs_file, tmp_path):
+    """Without the prompt, and with the end of the text."""
+    (tmp_path / "own.py").write_text(OWN)
+    rows, _ = small_run(loss=f"{tmp_path / 'own.py'}:lengths", seed=3)
+    tokenizer = Tokenizer.load(sft_run / "tokenizer.tiktoken")
+    pairs = encode_pairs(read_pairs(pairs_file), tokenizer, load_run(sft_run)[0].config.block_size, pairs_file)
+    found = lambda rows: sum(len(pairs[i].chosen) + 1000 * len(pairs[i].rejected) for i in rows) / len(rows)  # noqa: E731
+    train, held = split(pairs, draw=True)
+    longest = torch.tensor([len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs])
+    assert rows[0]["loss"] == pytest.approx(found(train[next(batches(longest[train], 12, seed=3))].tolist()), rel=1e-6)
+    assert rows[-1]["held_out_loss"] == pytest.approx(found(held.tolist()), rel=1e-6)
+    assert read_pairs(pairs_file)[0]["chosen"] and pairs[0].chosen[-1] == tokenizer.eos
+
+
+def test_the_loss_of_the_page_can_be_trained(small_run, tmp_path):
+    """docs: "A loss of your own in ten lines"."""
+    page = next(text for text in (path.read_text() for path in (clone.ROOT / "docs").rglob("*.md"))
+                if "## A loss of your own" in text).split("## A loss of your own")[1]
+    (tmp_path / "mine.py").write_text(re.search(r"```python\n(.*?)```", page, re.S)[1])
+    rows, _ = small_run(loss=f"{tmp_path / 'mine.py'}:per_token", beta=4.0, lr=1e-3, epochs=2)
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and rows[-2]["loss"] < rows[0]["loss"]
+    assert dpo.Config(loss="mine.py:per_token", beta=4.0).out in page
+
+
 def test_unlikelihood_has_no_reference_and_no_beta(small_run, sft_run, tmp_path, monkeypatch):
     """Noise in place of the reference's log-probabilities: other implicit rewards in the log, but the same losses and the
     same weights, bit by bit. Another alpha is another policy, and DPO's reference does count. A beta would be ignored."""
-    with pytest.raises(SystemExit, match="--beta: needs --loss dpo"):
+    with pytest.raises(SystemExit, match="--beta: not with --loss unlikelihood"):
         dpo.Config(loss="unlikelihood", beta=5.0)
     def end(**settings):
         rows, folder = small_run(**settings)

@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -25,7 +26,8 @@ from common.files import read_jsonl
 from common.settings import parse, stop_like_ctrl_c
 from common.statistics import mean_se
 from experiments import bench, frontier, sweep
-from experiments.frontier import Method, best_at, by_method, envelope, markdown, plan, reward_at, table
+from experiments.frontier import best_at, by_method, envelope, markdown, plan, reward_at, table
+from experiments.grids import Method
 from experiments.sweep import PlannedRun
 from test_faults import tree, wait_for
 
@@ -235,7 +237,7 @@ def test_the_command_that_is_printed_is_the_run_that_is_planned(grid, task, quic
         assert run.config.resume and run.config.evaluate_every
         assert (run.config.dataset, run.config.preset, run.config.seed) == (*task, run.seed)
     assert len({run.config.out for run in runs}) == len({run[:3] for run in runs}) == len(runs) > 0
-    assert len(runs) == sum(len(method.quick if quick else method.full) for method in frontier.GRIDS[grid].values()) * (
+    assert len(runs) == sum(method.quick if quick else len(method.commands) for method in frontier.GRIDS[grid].values()) * (
         1 if quick else config.seeds)
 
 
@@ -278,14 +280,84 @@ def test_reinforce_is_its_own_script_and_ten_times_the_pairs_are_the_tasks():
 
 def test_a_folder_is_named_by_all_settings(monkeypatch):
     """A change of the grid is another folder, and never a run that is there with other settings."""
-    def folder(**fixed):
-        monkeypatch.setitem(frontier.GRIDS, "paper", {"DPO, new": Method(frontier.dpo, [dict(beta=0.1)], [], fixed)})
+    def folder(flags):
+        monkeypatch.setitem(frontier.GRIDS, "paper", {"DPO, new": Method([f"dpo.py {flags}"])})
         return Path(plan(frontier.Config(seeds=1))[0].config.out)
 
-    assert folder() == Path("runs/reviews/frontier/dpo-new-beta0.1-seed0")
-    assert folder(label_smoothing=0.2).name == "dpo-new-labelsmoothing0.2-beta0.1-seed0"
-    assert folder(prompts_factor=10).name == "dpo-new-beta0.1-prompts16000-seed0"
-    assert folder(evaluate_every=7) == folder()  # this changes no result
+    assert folder("--beta 0.1") == Path("runs/reviews/frontier/dpo-new-beta0.1-seed0")
+    assert folder("--label-smoothing 0.2 --beta 0.1").name == "dpo-new-labelsmoothing0.2-beta0.1-seed0"
+    assert folder("--beta 0.1 --prompts x10").name == "dpo-new-beta0.1-prompts16000-seed0"
+    assert folder("--evaluate-every 7 --beta=0.1") == folder("--beta 0.1")  # this changes no result
+
+
+def grid_file(folder, methods) -> str:
+    (folder / "own.json").write_text(methods if isinstance(methods, str) else json.dumps(methods))
+    (folder / "mine.py").write_text("def f(c, r, beta, *lengths):\n    return (1 - c + r) ** 2\n")
+    return str(folder / "own.json")
+
+
+def test_a_grid_of_ones_own(tmp_path, monkeypatch):
+    """A method is a list of commands as one types them; a setting is called by what its method's commands do not have in common,
+    and by beta. x4 is four times what the task says. --quick runs the first of each method."""
+    monkeypatch.chdir(tmp_path)
+    grid_file(tmp_path, {"Mine, I": ["dpo.py --loss mine.py:f --beta 0.5"], "Identity": [
+        "dpo.py --loss ipo --beta 0.03", "python dpo.py --beta=0.1 --loss ipo --lr x4 --evaluate-every 9"]})
+    config = parse(frontier.Config, "", "--grid own.json --seeds 2 --sft a/policy".split())
+    runs = plan(config)
+    assert [run[:3] for run in runs[:3]] == [("Mine, I", "beta 0.5", 0), ("Identity", "beta 0.03", 0),
+                                             ("Identity", "beta 0.1, lr 0.0008", 0)]
+    assert [run.seed for run in runs] == [0, 0, 0, 1, 1, 1]
+    assert [run.config.loss for run in runs[:3]] == ["mine.py:f", "ipo", "ipo"] and runs[2].config.lr == 4 * dpo.Config().lr
+    assert {run.config.sft for run in runs} == {"a/policy"}
+    assert runs[2].config.evaluate_every == 9 != runs[1].config.evaluate_every
+    assert [Path(run.config.out) for run in runs[:3]] == [Path("a/policy/frontier-own") / name for name in (
+        "mine-i-loss-mine.py-f-beta0.5-seed0", "identity-loss-ipo-beta0.03-seed0", "identity-beta0.1-loss-ipo-lr0.0008-seed0")]
+    few = plan(parse(frontier.Config, "", ["--grid", "own.json", "--quick"]))
+    assert [run[:3] for run in few] == [run[:3] for run in runs[:2]]
+
+
+def test_the_grid_of_the_page_can_be_planned(tmp_path, monkeypatch):
+    """docs: "On the frontier", with the loss of the section above it; and the runs that it draws are called as it says."""
+    pages = [path.read_text() for path in (clone.ROOT / "docs").rglob("*.md")]
+    page = next(text for text in pages if "## On the frontier" in text)
+    section = page.split("## On the frontier")[1]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "methods.json").write_text(re.search(r"```json\n(.*?)```", section, re.S)[1])
+    (tmp_path / "mine.py").write_text(re.search(r"```python\n(.*?)```", page.split("## A loss of your own")[1], re.S)[1])
+    flags = shlex.split(re.search(r"frontier.py (--grid .*)", section)[1])
+    runs = plan(parse(frontier.Config, "", flags))
+    assert [(run.method, run.setting) for run in runs] == [
+        ("DPO", "beta 0.1"), ("IPO", "beta 0.03"), ("per token", "beta 4"), ("DPO", "beta 1"), ("IPO", "beta 0.1"),
+        ("IPO", "beta 0.1, lr 0.0008")]
+    assert Path(runs[0].config.out).parent.name == "frontier-methods" and "frontier-methods/" in section
+    assert all(dpo.Config(loss="ipo", beta=beta).out in section for beta in (0.03, 0.1))
+
+
+@pytest.mark.parametrize("methods, line", [
+    ("{", ": not JSON ("), ([1], ": expected a JSON object"), ({}, ": no method in it"),
+    ({"a": "dpo.py"}, ", a: expected a list"),
+    ({"a": []}, ", a: expected a list of commands"), ({"a": [["dpo.py"]]}, ", a: expected a list of commands"),
+    ({"a": ["dpo.py"], "b": ["dpo.py --beta '1"]}, """, b, "dpo.py --beta '1": No closing quotation"""),
+    ({"a": ["bt.py"]}, ", a, 'bt.py': 'bt.py': expected one of sft.py, dpo.py, reinforce.py, ppo.py"),
+    ({"a": [""]}, ", a, '': '': expected one of"),
+    ({"a": ["dpo.py --bet 1"]}, ", a, 'dpo.py --bet 1': unrecognized arguments: --bet"),
+    ({"a": ["dpo.py", "dpo.py --beta -1"]}, ", a, 'dpo.py --beta -1': --beta -1.0: must be > 0"),
+    ({"a": ["dpo.py --beta 1 2"]}, ", a, 'dpo.py --beta 1 2': argument --beta: invalid float value"),
+    ({"a": ["dpo.py new --beta 1"]}, ", a, 'dpo.py new --beta 1': unrecognized arguments: "),
+    ({"a": ["dpo.py --lr xx"]}, ", a, 'dpo.py --lr xx': argument --lr: invalid float value: 'xx'"),
+    ({"a": ["dpo.py --help"]}, ", a, 'dpo.py --help': --help: is the same for all runs"),
+    ({"a": ["dpo.py --seed 3"]}, ", a, 'dpo.py --seed 3': --seed: is the same for all runs, and given to the sweep"),
+    ({"a": ["dpo.py --loss ipoo"]}, ", a, 'dpo.py --loss ipoo': --loss 'ipoo': expected dpo, ipo, unlikelihood or FILE.py"),
+    ({"a": ["dpo.py --loss mine.py:g"]}, ", a, 'dpo.py --loss mine.py:g': --loss mine.py:g: mine.py has no function 'g'"),
+    ({"a": ["sft.py"]}, ", a, 'sft.py': --evaluate-every: needs --on chosen"),
+    ({"A b": ["ppo.py"], "a-b": ["ppo.py"]}, ", a-b, 'ppo.py': another command has the same settings")])
+def test_a_mistake_in_a_grid_names_file_method_and_command(methods, line, tmp_path, root, monkeypatch):
+    grid_file(tmp_path, methods)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    before = tree(tmp_path)
+    said = clone.run_here(root, tmp_path, "experiments/frontier", "--grid", "own.json")
+    assert isinstance(said, str) and said.removeprefix("error: ").removeprefix("--grid ").startswith("own.json" + line), said
+    assert "\n" not in said and tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("grid", frontier.GRIDS)
@@ -313,7 +385,9 @@ def test_every_method_starts_from_the_policy_that_is_named():
     ("--seeds 0", "--seeds 0: must be > 0"), ("--workers -1", "--workers -1: must be >= 0"),
     ("--dataset nope", "--dataset nope: there is no data/nope"),
     ("--print --workers 2", "--workers: not with --print, which runs nothing"),
-    ("--preset gpu", "--preset gpu: data/reviews has no such preset"),
+    ("--preset gpu", "--preset gpu: data/reviews has no such preset"), ("--grid nope.json", "nope.json: no such file"),
+    ("--grid nope", "--grid nope: expected paper, why, ablation or FILE.json"), ("--grid why.json", "--grid why.json: expected"),
+    ("--draw run --print", "--draw: not with --print"), ("--draw run", "--draw run: no finished run there (no model.pt)"),
     ("--out afile/output", "afile/output: cannot be written (")])
 def test_a_mistake_is_one_line_before_anything_is_built(flags, line, root, tmp_path):
     """A folder that cannot be written is no news for the end of an hour."""
@@ -433,12 +507,10 @@ def test_runs_stop_on_windows_too(stubs, tmp_path, monkeypatch):
 # ---- a whole sweep ---------------------------------------------------------------------------------------------------
 
 # one tiny run a method; with --checkpoint-every 0 there is a checkpoint whenever it is stopped
-SFT = dict(on="chosen", steps=24, batch_size=8, warmup=2, checkpoint_every=0.0, evaluate_every=12)
-DPO = dict(epochs=0.5, batch_size=8, warmup=2, checkpoint_every=0.0, evaluate_every=30)
-PPO = dict(target_kl=1, steps=6, batch_size=16, warmup=2, checkpoint_every=0.0, evaluate_every=6)
-SMALL = {"Preferred-FT": ("sft", SFT), "DPO": ("dpo", dict(**DPO, lr_factor=4.0)),
-         "PPO-GT": ("ppo", dict(**PPO, reward="gold")), "Unlikelihood": ("dpo", dict(**DPO, loss="unlikelihood")),
-         "PPO": ("ppo", PPO)}
+TINY = "--batch-size 8 --warmup 2 --checkpoint-every 0 --evaluate-every"
+DPO, PPO = f"dpo.py --epochs 0.5 {TINY} 30", f"ppo.py --target-kl 1 --steps 6 {TINY} 6 --batch-size 16"
+SMALL = {"Preferred-FT": f"sft.py --on chosen --steps 24 {TINY} 12", "DPO": f"{DPO} --lr x4", "PPO-GT": f"{PPO} --reward gold",
+         "Unlikelihood": f"{DPO} --loss unlikelihood", "PPO": PPO}
 ARGUMENTS = "--sft runs/reviews/sft --seeds 1 --workers 1".split()
 SWEPT = Path("runs/reviews/frontier")
 
@@ -463,8 +535,7 @@ def run_sweep(root: Path, cwd: Path, popen=Here, small=SMALL, arguments=ARGUMENT
         patch.setattr(sweep, "ROOT", root)
         patch.setattr(subprocess, "Popen", popen)
         patch.setattr(time, "sleep", lambda _: None)
-        patch.setitem(frontier.GRIDS, "paper", {name: Method(getattr(frontier, script), [own], [own])
-                                                for name, (script, own) in small.items()})
+        patch.setitem(frontier.GRIDS, "paper", {name: Method([command]) for name, command in small.items()})
         return clone.run_here(root, cwd, "experiments/frontier", *arguments)
 
 
@@ -543,6 +614,68 @@ def test_the_printed_commands_make_what_the_sweep_makes(root, alone, tmp_path, c
         execute(*command)
     assert printed() == [] and run_sweep(root, tmp_path, popen=nothing) == 0
     assert results(tmp_path) == results(alone)
+
+
+@pytest.fixture(scope="module")
+def own_runs(root, alone, tmp_path_factory) -> list[Path]:
+    """IPO with two betas, of which one was evaluated on its way."""
+    cwd, runs = tmp_path_factory.mktemp("own"), []
+    for flags in ("--beta 0.1", "--beta 0.2 --evaluate-every 8"):
+        runs.append(cwd / f"ipo-{flags[2:].split(' --')[0].replace(' ', '')}-seed0")
+        small = "--loss ipo --batch-size 16 --warmup 2 --epochs 0.5"
+        assert clone.run_here(root, cwd, "dpo", "--sft", alone / "runs/reviews/sft", *small.split(), *flags.split(),
+                              "--out", runs[-1]) == 0
+    return runs
+
+
+def test_finished_runs_are_drawn_beside_those_of_the_grid(root, alone, fresh, own_runs):
+    """As one more method, with two settings: one point where the run has its evaluation alone, a path where it has more. Nothing
+    is run, of a sweep that has one run missing, too; and without --draw the picture is as it was."""
+    shutil.copytree(alone / SWEPT, fresh / SWEPT)
+    shutil.rmtree(next((fresh / SWEPT).glob("ppo-targetkl*")))
+    before, reward_models = results(fresh), [*(fresh / "runs/reviews").glob("reward-model*")]
+    for folder in reward_models:  # not built for a run that is not there
+        shutil.rmtree(folder)
+    assert run_sweep(root, fresh, popen=nothing, arguments=[*ARGUMENTS, "--draw", *map(str, own_runs)]) == 0
+    rows = results(fresh)
+    assert [row for row in rows if row["method"] != "ipo"] == [row for row in before if row["method"] != "PPO"]
+    one, *path = [row for row in rows if row["method"] == "ipo"]
+    evaluation = json.loads((own_runs[0] / "evaluation.json").read_text())
+    expected = evaluation["table"]["IPO beta 0.1"]
+    assert [one[name] for name in ("kl", "reward", "reward_se", "length", "step")] == [
+        expected["kl"], expected["reward"], expected["reward_se"], expected["length"], evaluation["step"]]
+    assert one["last"] and one["setting"] == "beta 0.1" and {row["setting"] for row in path} == {"beta 0.2"}
+    logged = [row for row in read_jsonl(own_runs[1] / "log.jsonl", {"step": int}) if "eval_kl" in row]
+    assert [(row["step"], row["kl"]) for row in path] == [(row["step"], row["eval_kl"]) for row in logged] and len(path) > 2
+    assert "\n| ipo | " in (fresh / SWEPT / "table.md").read_text() and "ipo" in (fresh / SWEPT / "frontier.svg").read_text()
+    assert not [*(fresh / "runs/reviews").glob("reward-model*")] and reward_models
+
+
+def test_runs_that_cannot_be_drawn(root, alone, fresh, own_runs, monkeypatch):
+    """Of another kind, of another SFT policy, or one run twice: named before the bank is opened, with the picture as it was."""
+    monkeypatch.setattr(pipeline, "sample_bank", nothing)
+    shutil.copytree(own_runs[0], fresh / "other")
+    config = json.loads((fresh / "other/config.json").read_text())
+    for change, line in ((dict(script="reward_model.py"), "a run of reward_model.py, expected one of sft.py, dpo.py, "),
+                         (dict(built_from={"policy": "another"}), "its SFT policy is not that in runs/reviews/sft")):
+        (fresh / "other/config.json").write_text(json.dumps({**config, **change}))
+        said = run_sweep(root, fresh, popen=nothing, arguments=[*ARGUMENTS, "--draw", "other"])
+        assert isinstance(said, str) and said.startswith(f"error: --draw other: {line}") and "\n" not in said
+    said = run_sweep(root, fresh, popen=nothing, arguments=[*ARGUMENTS, "--draw", *map(str, 2 * own_runs[:1])])
+    assert said == f"error: --draw {own_runs[0]}: ipo, beta 0.1, seed 0 is there twice"
+    assert not (fresh / SWEPT).exists()
+
+
+def test_a_sweep_of_a_grid_of_ones_own(root, alone, fresh, monkeypatch):
+    """A loss of the user's and IPO end in one table; and when the loss's file has changed, its runs are other ones."""
+    grid_file(fresh, {"mine": [f"{DPO} --loss mine.py:f"], "IPO": [f"{DPO} --loss ipo --beta 0.3"]})
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    assert run_sweep(root, fresh, arguments=[*ARGUMENTS, "--grid", "own.json"]) == 0
+    rows = read_jsonl(fresh / "runs/reviews/frontier-own/results.jsonl", {"method": str, "setting": str})
+    assert {(row["method"], row["setting"]) for row in rows} == {("mine", "default"), ("IPO", "beta 0.3")}
+    (fresh / "mine.py").write_text("def f(c, r, beta, *lengths):\n    return (2 - c + r) ** 2\n")
+    said = run_sweep(root, fresh, popen=nothing, arguments=[*ARGUMENTS, "--grid", "own.json"])
+    assert said.startswith("error: runs/reviews/frontier-own/mine-") and "was made with other settings: loss was '" in said
 
 
 def test_runs_of_other_settings_stop_the_sweep_before_anything_is_built(root, alone, fresh, monkeypatch):
