@@ -42,19 +42,20 @@ from common import ROOT, fail, pipeline, tasks
 from common.files import (atomic_write, check_writable, read_json_object, read_jsonl,
                           write_jsonl)
 from common.run import load_run, read_log
-from common.settings import parse, require, require_numbers, run_folder, runs_folder, settings
+from common.settings import (parse, require, require_numbers, runs_folder, runs_of,
+                             settings)
 from common.statistics import mean_se
 from common.training import Device, use_device
 from experiments.frontier import number, plus_minus
 
 DATASET = "reviews"
 SFT = "runs/reviews/sft"  # in the copy
+SHORT = "--batch-size 64 --micro-batch-size 32 --steps 20 --warmup 4"
 COMMANDS = {  # what is run with a bug and without
     "DPO": "dpo.py --epochs 0.5",
-    "PPO, gold reward": "ppo.py --reward gold --batch-size 128 --steps 20 --warmup 4",
-    "PPO, reward model": "ppo.py --reward runs/reviews/reward-model --batch-size 128 --steps 20 "
-                         "--warmup 4",
-    "REINFORCE, gold reward": "reinforce.py --reward gold --batch-size 128 --steps 20 --warmup 4",
+    "PPO, gold reward": f"ppo.py --reward gold {SHORT}",
+    "PPO, reward model": f"ppo.py --reward runs/reviews/reward-model {SHORT}",
+    "REINFORCE, gold reward": f"reinforce.py --reward gold {SHORT}",
 }
 WHERE = {  # what of a log a sign is read from
     "first": "at the first step",
@@ -95,6 +96,7 @@ class Bug(NamedTuple):
     old: str  # the text that is replaced; it occurs once in the file
     new: str
     sign: tuple[str, str]  # the logged number that gives it away: one of WHERE, name
+    caught: str  # a test that fails: "dpo: NAME" is test_NAME of tests/test_dpo.py
 
 
 GITHUB = "https://github.com/"
@@ -104,7 +106,8 @@ MASK = """\
     # (N,) each: all response tokens"""
 LOSSES = "config, chosen_logprobs, rejected_logprobs, *ref_logprobs[:, rows])"
 PENALTY = "    rewards = -beta * (logprobs - ref_logprobs) * mask"
-WHITEN = "advantages = whiten(advantages, mask)  # after the returns, which are in units of the reward"
+WHITEN = ("advantages = whiten(advantages, mask)  "
+          "# after the returns, which are in units of the reward")
 SCORE = """\
             scores[rows] = model.score(tokens[rows, :longest].to(device()),
                                        lengths[rows].to(device())).cpu()"""
@@ -116,44 +119,52 @@ BUGS = [
         "Divides beta by the length, some 38 tokens: beta 0.1 acts like 0.003, the loss hardly "
         "leaves ln 2, and the KL explodes.",
         "DPO", "model.py", "    " + LOGPROBS,
-        f"    {LOGPROBS}\n    logprobs = logprobs / mask.sum(1)[rows]", ("late", "loss")),
+        f"    {LOGPROBS}\n    logprobs = logprobs / mask.sum(1)[rows]", ("late", "loss"),
+        "model: logprobs_by_hand"),
     Bug("eos-lost", 1, "Goekdeniz-Guelmez/mlx-lm-lora/issues/80",
         "The mask is not shifted with the targets: the last token of a response, <eos>, is lost.",
         "Where a response ends is not learned, and no more: hardly a cost. The KL that is reported "
         "lacks <eos> under the reference alone, and is too low.",
-        "DPO", "model.py", MASK, MASK.replace("lengths)", "lengths - 1)"), ("reported", "kl")),
+        "DPO", "model.py", MASK, MASK.replace("lengths)", "lengths - 1)"), ("reported", "kl"),
+        "model: logprobs_by_hand"),
     Bug("prompt-tokens", 2, "OpenRLHF/OpenRLHF/pull/237",
         "The prompt's tokens count as the response's.",
         "Nothing: both responses have the same prompt, and its log-probability cancels in the "
         "margin. It would not in SFT, in IPO's or any other loss of one response alone.",
         "DPO", "model.py", MASK,
         "    prompt_lengths = torch.ones_like(prompt_lengths)  # all but <bos>\n" + MASK,
-        ("reported", "kl")),
+        ("reported", "kl"),
+        "model: prompt_tokens_have_no_loss"),
     Bug("reference-follows", 19, "huggingface/trl/issues/1104",
         "The reference is trained along: it is the policy itself.",
         "The margin is 0 and the loss ln 2 for ever, so every pair weighs 1/2 at every step, and "
         "nothing holds the policy: the KL explodes.",
         "DPO", "dpo.py", LOSSES,
         "config, chosen_logprobs, rejected_logprobs, chosen_logprobs.detach(),\n"
-        "                rejected_logprobs.detach())", ("late", "loss")),
+        "                rejected_logprobs.detach())", ("late", "loss"),
+        "dpo: micro_batches_change_nothing_and_accuracy_is_a_mean_over_pairs"),
     Bug("swapped", 0, "",
         "Chosen and rejected are the wrong way round in training.",
         "The policy learns the opposite, as well as it would have learned the right thing: loss "
         "and accuracy look the same, and only what is not swapped can tell.",
-        "DPO", "dpo.py", "chosen, rejected = logprobs.sum(1).view(2, -1)",
-        "rejected, chosen = logprobs.sum(1).view(2, -1)", ("end", "held_out_accuracy")),
+        "DPO", "dpo.py", LOSSES,
+        "config, rejected_logprobs, chosen_logprobs, *ref_logprobs[:, rows].flip(0))",
+        ("end", "held_out_accuracy"),
+        "dpo: first_step_is_the_definition"),
     Bug("dropout", 18, "huggingface/trl/pull/639",
         "Dropout is on in the policy while it trains, and off in the reference.",
         "At the first step policy and reference are equal, and the loss is not ln 2: noise in the "
         "margin, so some learning is lost.",
         "DPO", "model.py", 'return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))',
         'x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))\n'
-        "        return F.dropout(x, 0.1, self.training)", ("first", "loss")),
-    Bug("beta-twice", 0, "",
+        "        return F.dropout(x, 0.1, self.training)", ("first", "loss"),
+        "dpo: first_step_is_the_definition"),
+    Bug("beta-twice", 0, "AI-Hypercomputer/maxtext/issues/1530",
         "The implicit rewards have their beta already, and the loss multiplies by it again.",
         "beta 0.1 acts like 0.01: as with the mean, a loss next to ln 2 and a KL that explodes.",
         "DPO", "dpo.py", "margin = chosen_rewards - rejected_rewards\n",
-        "margin = beta * (chosen_rewards - rejected_rewards)\n", ("late", "loss")),
+        "margin = beta * (chosen_rewards - rejected_rewards)\n", ("late", "loss"),
+        "dpo: implicit_rewards_and_loss_by_hand"),
     Bug("bf16", 6, "jingyaogong/minimind/pull/814",
         "The softmax and the sum over tokens are computed in bfloat16.",
         "A sum of -40 nats is rounded to 1/4 nat, a fortieth of the margin's scale at beta 0.1: "
@@ -161,7 +172,8 @@ BUGS = [
         "DPO", "model.py",
         "    if logits.dtype == torch.bfloat16:  # under autocast: too coarse for a softmax\n"
         "        logits = logits.float()\n",
-        "    logits = logits.bfloat16()\n", ("first", "loss")),
+        "    logits = logits.bfloat16()\n", ("first", "loss"),
+        "model: bf16_logprobs_are_normalised_and_repeatable"),
 
     # ---- PPO: sampling and scoring
     Bug("top-p", 22, "huggingface/trl/issues/235",
@@ -173,27 +185,31 @@ BUGS = [
         "            ordered = probs.sort(1, descending=True)[0]\n"
         "            count = (ordered.cumsum(1) < 0.9).sum(1, keepdim=True)\n"
         "            probs = probs * (probs >= ordered.gather(1, count))\n"
-        "            cumulative = probs.cumsum(1)", ("least", "kl")),
+        "            cumulative = probs.cumsum(1)", ("least", "kl"),
+        "model: frequencies_follow_the_softmax"),
     Bug("stale", 36, "CarperAI/trlx/issues/107",
         "The old log-probabilities are never renewed: the ratio is to the reference, not to the "
         "policy that sampled.",
         "Tokens are clipped for good once they are 20% likelier than under the reference: the "
         "policy stays near it, and the ratio is far from 1.",
         "PPO, gold reward", "ppo.py", "policy_loss(logprobs, old_logprobs[part, :R],",
-        "policy_loss(logprobs, ref_logprobs[part, :R],", ("late", "clip_fraction")),
+        "policy_loss(logprobs, ref_logprobs[part, :R],", ("late", "clip_fraction"),
+        "ppo: a_batch_starts_at_ratio_1_and_the_run_at_the_reference"),
     Bug("shared-weights", 19, "huggingface/trl/issues/1104",
         "Policy and reference are one object: a copy was forgotten.",
         "The KL is 0 to the last digit in log and evaluation, nothing is paid for it, and the "
         "true KL grows without limit.",
         "PPO, gold reward", "ppo.py", "policy = copy.deepcopy(ref).requires_grad_(True)",
-        "policy = ref.requires_grad_(True)", ("late", "kl")),
+        "policy = ref.requires_grad_(True)", ("late", "kl"),
+        "ppo: the_reference_is_not_trained_and_the_value_network_not_kept"),
 
     # ---- PPO: rewards
     Bug("kl-sign", 23, "OpenRLHF/OpenRLHF/pull/1309",
         "The KL penalty has the wrong sign.",
         "Being far from the reference is a reward: the KL explodes, and whoever is paid for "
         "unlikely tokens writes rubbish.",
-        "PPO, gold reward", "ppo.py", PENALTY, PENALTY.replace("-beta", "beta"), ("late", "kl")),
+        "PPO, gold reward", "ppo.py", PENALTY, PENALTY.replace("-beta", "beta"), ("late", "kl"),
+        "ppo: the_score_comes_with_the_last_token_and_the_kl_with_every_one"),
     Bug("k3-as-reward", 41, "huggingface/trl/issues/4967",
         "The KL's estimate k3 stands in the reward, where the log-ratio belongs.",
         "Its mean is the KL, its gradient by way of the samples is not: that of KL(pi || pi_ref) "
@@ -201,27 +217,31 @@ BUGS = [
         "a smaller beta.",
         "PPO, gold reward", "ppo.py", PENALTY,
         "    log_ratio = ref_logprobs - logprobs\n"
-        "    rewards = -beta * (log_ratio.exp() - 1 - log_ratio) * mask", ("late", "kl")),
+        "    rewards = -beta * (log_ratio.exp() - 1 - log_ratio) * mask", ("late", "kl"),
+        "ppo: the_score_comes_with_the_last_token_and_the_kl_with_every_one"),
     Bug("raw-scores", 26, "huggingface/trl/issues/691",
         "Scores are not normalised.",
         "Gold rewards have a standard deviation of some 0.3 on the reference: beta 0.1 acts like "
         "0.3 to 0.4, so the KL is smaller, at about the same share of the optimum.",
         "PPO, gold reward", "ppo.py",
         'scores = ((raw_scores - state["score_mean"]) / state["score_std"]).float().to(device())',
-        "scores = raw_scores.float().to(device())", ("first", "scores")),
+        "scores = raw_scores.float().to(device())", ("first", "scores"),
+        "ppo: shift_and_scale_of_a_reward_change_nothing"),
     Bug("score-behind", 29, "huggingface/trl/issues/1893",
         "The score lies one place behind <eos>, on a pad, and the mask removes it.",
         "Only the longest response of a batch keeps its score. Of the others the KL is left, so "
         "the policy learns next to nothing.",
         "PPO, gold reward", "ppo.py", "last = mask.sum(1) - 1  # (B,)",
-        "last = mask.sum(1).clamp(max=mask.shape[1] - 1)  # (B,)", ("late", "value_loss")),
+        "last = mask.sum(1).clamp(max=mask.shape[1] - 1)  # (B,)", ("late", "value_loss"),
+        "ppo: the_score_comes_with_the_last_token_and_the_kl_with_every_one"),
     Bug("whitened-rewards", 26, "vwxyzjn/lm-human-preference-details/issues/8",
         "Rewards are whitened before the returns, their mean included.",
         "Every token gets a constant, so a response earns by its length; and the KL is weighed by "
         "a scale of its own.",
         "PPO, gold reward", "ppo.py", "compute_gae(rewards, old_values, mask, 1.0, config.lam)",
         "compute_gae(whiten(rewards, mask), old_values, mask, 1.0,\n"
-        "                                          config.lam)", ("late", "value_loss")),
+        "                                          config.lam)", ("late", "value_loss"),
+        "ppo: the_second_update_is_the_definition"),
 
     # ---- PPO: values and advantages
     Bug("whitened-returns", 0, "",
@@ -230,18 +250,21 @@ BUGS = [
         "a slower or a faster value network, and little else.",
         "PPO, gold reward", "ppo.py", "        " + WHITEN,
         "        advantages = whiten(advantages, mask)\n"
-        "        returns = (advantages + old_values) * mask", ("late", "value_loss")),
+        "        returns = (advantages + old_values) * mask", ("late", "value_loss"),
+        "ppo: the_second_update_is_the_definition"),
     Bug("value-at-token", 32, "verl-project/verl/issues/1758",
         "The value of a token is read at the token: it has seen what it is to judge.",
         "What a token has changed is in its value already, so it is taken off its advantage. With "
         "a perfect value network nothing is learned.",
         "PPO, gold reward", "ppo.py", "places = prompt_lengths[:, None] - 1 + torch.arange(",
-        "places = prompt_lengths[:, None] + torch.arange(", ("late", "explained_variance")),
+        "places = prompt_lengths[:, None] + torch.arange(", ("late", "explained_variance"),
+        "ppo: a_value_has_seen_all_before_its_token_and_nothing_else"),
     Bug("one-step", 31, "natolambert/rlhf-book/pull/216",
         "An advantage is the reward of this step less the value, not what comes after.",
         "Only the last token hears of the score. All others are blamed for a good outlook.",
         "PPO, gold reward", "ppo.py", WHITEN, "advantages = whiten(rewards - old_values, mask)",
-        ("late", "scores")),
+        ("late", "scores"),
+        "ppo: the_second_update_is_the_definition"),
     Bug("mean-of-means", 24, "huggingface/transformers/pull/34191",
         "Each micro-batch has a mean of its own, and these are added up.",
         "A token of a short response weighs more than one of a long one, and the gradient is as "
@@ -249,7 +272,8 @@ BUGS = [
         "PPO, gold reward", "ppo.py",
         "((policy_losses.sum() + value_losses.sum()) / response_tokens).backward()",
         "(policy_losses[seen].mean() + value_losses[seen].mean()).backward()",
-        ("first", "grad_norm")),
+        ("first", "grad_norm"),
+        "ppo: micro_batches_change_nothing"),
 
     # ---- the reward model in use
     Bug("score-at-pad", 15, "huggingface/trl/issues/2778",
@@ -258,13 +282,15 @@ BUGS = [
         "PPO, reward model", "common/rewards.py", SCORE,
         SCORE.replace("lengths[rows].to(device())",
                       "torch.full_like(lengths[rows], longest).to(device())"),
-        ("first", "raw_scores")),
+        ("first", "raw_scores"),
+        "ppo: the_second_update_is_the_definition"),
     Bug("eos-unseen", 16, "huggingface/trl/pull/5813",
         "The reward model has seen <eos> in training, and sees none in use.",
         "It is read one place early, where it was never trained; the text is all there, so a part "
         "of the score is.",
         "PPO, reward model", "common/rewards.py", SCORE,
-        SCORE.replace("lengths[rows].to", "(lengths[rows] - 1).to"), ("first", "raw_scores")),
+        SCORE.replace("lengths[rows].to", "(lengths[rows] - 1).to"), ("first", "raw_scores"),
+        "reward_model: separable_pairs_are_learned_and_scores_are_normalised"),
 
     # ---- REINFORCE
     Bug("own-baseline", 0, "",
@@ -273,7 +299,8 @@ BUGS = [
         "advantage, 3/4 for 4 samples. Adam does not see it: no cost.",
         "REINFORCE, gold reward", "reinforce.py",
         "mean_of_others = (groups.sum(1, keepdim=True) - groups) / (samples - 1)",
-        "mean_of_others = groups.mean(1, keepdim=True)", ("first", "advantage_std")),
+        "mean_of_others = groups.mean(1, keepdim=True)", ("first", "advantage_std"),
+        "reinforce: leave_one_out_by_hand"),
 ]
 
 
@@ -333,12 +360,6 @@ def readings(log: list[dict], reported: dict) -> dict[str, dict[str, float]]:
         "end": log[-1],
         "reported": {name: reported[name] for name in ("reward", "kl")},
     }
-
-
-def cases(bugs: list[Bug], method: str) -> list[Bug | None]:
-    """What a command is run with: no bug, and each of those that are tried with it."""
-    own = [bug for bug in bugs if bug.method == method]
-    return [None, *own] if own else []
 
 
 def key(bug: Bug | None, method: str, seed: int, start: pipeline.Start) -> dict:
@@ -416,12 +437,13 @@ def markdown(rows: list[dict]) -> str:
 
 def exhibit(bug: Bug) -> str:
     """A bug in words and as a diff."""
+    module, name = bug.caught.split(": ")
     source = f"Row {bug.row} of tests/README.md" if bug.row else "No row of tests/README.md"
     if bug.seen:
         source += f"; [{bug.seen}]({GITHUB}{bug.seen})"
     return (f"### {bug.name}\n\n{bug.what} {source}.\n\n`{bug.file}`, tried with "
-            f"`python {COMMANDS[bug.method]}`:\n\n```diff\n{diff(bug)}\n```\n\n"
-            f"Expected: {bug.expected}\n")
+            f"`python {COMMANDS[bug.method]}`; caught by `{name}` in tests/test_{module}.py:\n\n"
+            f"```diff\n{diff(bug)}\n```\n\nExpected: {bug.expected}\n")
 
 
 def main(config: Config) -> None:
@@ -438,14 +460,15 @@ def main(config: Config) -> None:
     start.bank = pipeline.sample_bank(start)
     pipeline.stage(reward_model.Config(sft=config.sft, resume=True))
 
-    # ---- 2) the runs, seed by seed: wherever it is stopped, all bugs have about equally many -----
+    # ---- 2) the runs: without a bug first, then seed by seed --------------------------------------
     path = folder / "results.jsonl"
     rows = []
     if path.exists():
         rows = read_jsonl(path, {"bug": str, "method": str, "seed": int, "signs": dict})
     rows = [{name: row[name] for name in row if name != "line"} for row in rows]
-    planned = [(seed, method, bug) for seed in range(config.seeds) for method in COMMANDS
-               for bug in cases(bugs, method)]
+    methods = [method for method in COMMANDS if any(bug.method == method for bug in bugs)]
+    planned = [(seed, method, None) for method in methods for seed in range(config.seeds)]
+    planned += [(seed, bug.method, bug) for seed in range(config.seeds) for bug in bugs]
     done, copied = [], set()
     for seed, method, bug in planned:
         wanted = key(bug, method, seed, start)
