@@ -166,14 +166,12 @@ BUGS = [
         "margin = beta * (chosen_rewards - rejected_rewards)\n", ("late", "loss"),
         "dpo: implicit_rewards_and_loss_by_hand"),
     Bug("bf16", 6, "jingyaogong/minimind/pull/814",
-        "The softmax and the sum over tokens are computed in bfloat16.",
-        "A sum of -40 nats is rounded to 1/4 nat, a fortieth of the margin's scale at beta 0.1: "
-        "hardly a cost.",
-        "DPO", "model.py",
-        "    if logits.dtype == torch.bfloat16:  # under autocast: too coarse for a softmax\n"
-        "        logits = logits.float()\n",
-        "    logits = logits.bfloat16()\n", ("first", "loss"),
-        "model: bf16_logprobs_are_normalised_and_repeatable"),
+        "The softmax is computed in bfloat16.",
+        "A log-probability has two or three digits left, a response's is off by some hundredths "
+        "of a nat, and beta times that is little beside a margin: hardly a cost.",
+        "DPO", "model.py", LOGPROBS,
+        "logprobs = (chosen.bfloat16() - logits.bfloat16().exp().sum(1).log()).float()",
+        ("first", "loss"), "model: bf16_logprobs_are_normalised_and_repeatable"),
 
     # ---- PPO: sampling and scoring
     Bug("top-p", 22, "huggingface/trl/issues/235",
@@ -185,7 +183,15 @@ BUGS = [
         "            ordered = probs.sort(1, descending=True)[0]\n"
         "            count = (ordered.cumsum(1) < 0.9).sum(1, keepdim=True)\n"
         "            probs = probs * (probs >= ordered.gather(1, count))\n"
-        "            cumulative = probs.cumsum(1)", ("least", "kl"),
+        "            cumulative = probs.cumsum(1)", ("first", "entropy"),
+        "model: frequencies_follow_the_softmax"),
+    Bug("temperature", 22, "huggingface/trl/issues/925",
+        "Responses are sampled at temperature 1.5, and scored as if it were 1.",
+        "The sampled tokens are those that the policy would rarely choose. Training makes bad ones "
+        "less likely than under the reference, so the log-ratio of the samples falls below 0, as "
+        "no KL can; and what is learned is how to mend texts that are never written at 1.",
+        "PPO, gold reward", "model.py", "probs = torch.softmax(logits / temperature, 1)",
+        "probs = torch.softmax(logits / (1.5 * temperature), 1)", ("least", "kl"),
         "model: frequencies_follow_the_softmax"),
     Bug("stale", 36, "CarperAI/trlx/issues/107",
         "The old log-probabilities are never renewed: the ratio is to the reference, not to the "
