@@ -62,7 +62,7 @@ WHERE = {  # what of a log a sign is read from
     "least": "at its lowest",
     "late": "over the last fifth of the steps",
     "end": "at the end",
-    "reported": "as the run's own evaluation has it",
+    "reported": "of its own evaluation, less what is measured here",
 }
 
 
@@ -171,7 +171,7 @@ BUGS = [
         "of a nat, and beta times that is little beside a margin: hardly a cost.",
         "DPO", "model.py", LOGPROBS,
         "logprobs = (chosen.bfloat16() - logits.bfloat16().exp().sum(1).log()).float()",
-        ("first", "loss"), "model: bf16_logprobs_are_normalised_and_repeatable"),
+        ("first", "chosen_logprobs"), "model: bf16_logprobs_are_normalised_and_repeatable"),
 
     # ---- PPO: sampling and scoring
     Bug("top-p", 22, "huggingface/trl/issues/235",
@@ -238,7 +238,7 @@ BUGS = [
         "Only the longest response of a batch keeps its score. Of the others the KL is left, so "
         "the policy learns next to nothing.",
         "PPO, gold reward", "ppo.py", "last = mask.sum(1) - 1  # (B,)",
-        "last = mask.sum(1).clamp(max=mask.shape[1] - 1)  # (B,)", ("late", "value_loss"),
+        "last = mask.sum(1).clamp(max=mask.shape[1] - 1)  # (B,)", ("first", "value_loss"),
         "ppo: the_score_comes_with_the_last_token_and_the_kl_with_every_one"),
     Bug("whitened-rewards", 26, "vwxyzjn/lm-human-preference-details/issues/8",
         "Rewards are whitened before the returns, their mean included.",
@@ -375,6 +375,17 @@ def key(bug: Bug | None, method: str, seed: int, start: pipeline.Start) -> dict:
             "policy": start.policy_id, "change": hashlib.sha256(change.encode()).hexdigest()[:12]}
 
 
+def finished_rows(path: Path, start: pipeline.Start) -> list[dict]:
+    """The rows that are there, without those of another SFT policy or of a bug that has changed."""
+    if not path.exists():
+        return []
+    rows = read_jsonl(path, {"bug": str, "method": str, "seed": int, "signs": dict})
+    bugs = {"": None, **{bug.name: bug for bug in BUGS}}
+    return [{name: row[name] for name in row if name != "line"} for row in rows
+            if row["bug"] in bugs and row["method"] in COMMANDS and row.items() >= key(
+                bugs[row["bug"]], row["method"], row["seed"], start).items()]
+
+
 def measure(folder: Path, method: str, seed: int, start: pipeline.Start, device: str) -> dict:
     """Run the command in a folder with code, and measure the policy that it makes with ours."""
     out = folder / f"seed{seed}"
@@ -396,14 +407,15 @@ def measure(folder: Path, method: str, seed: int, start: pipeline.Start, device:
 
 # ---- the table -----------------------------------------------------------------------------------
 
-def over_seeds(rows: list[dict], form: str, *path: str) -> str:
-    """Mean and standard error of a number that all rows have."""
-    values = []
-    for row in rows:
-        for name in path:
-            row = row[name]
-        values.append(row)
-    return number(*mean_se(values), form)
+def over_seeds(values: list[float], form: str) -> str:
+    """Mean and standard error; a single run has no error."""
+    return number(*mean_se(values), form) if values else ""
+
+
+def sign_of(row: dict, where: str, name: str) -> float:
+    """The number that gives a bug away, in one run."""
+    value = row["signs"][where][name]
+    return value - row[name] if where == "reported" else value
 
 
 def share(rows: list[dict]) -> str:
@@ -428,13 +440,18 @@ def markdown(rows: list[dict]) -> str:
             if not own:
                 continue
             title = f"[{bug.name}](#{bug.name})" if bug else f"**none**: `python {command}`"
-            cells = [title, over_seeds(own, ".3f", "reward"), over_seeds(own, ".2f", "kl"),
-                     over_seeds(own, ".2f", "signs", "reported", "kl"), share(own)]
+            cells = [title, over_seeds([row["reward"] for row in own], ".3f"),
+                     over_seeds([row["kl"] for row in own], ".2f"),
+                     over_seeds([row["signs"]["reported"]["kl"] for row in own], ".2f"),
+                     share(own)]
             if bug:
-                where, name = bug.sign
-                cells += [f"`{name}` {WHERE[where]}",
-                          over_seeds(clean, ".3f", "signs", where, name) if clean else "",
-                          over_seeds(own, ".3f", "signs", where, name)]
+                # the first step depends on the seed as much as on the bug: the same seeds, then
+                seeds = [row["seed"] for row in own]
+                beside = [row for row in clean if bug.sign[0] != "first" or row["seed"] in seeds]
+                form = ".4f" if bug.sign[1] == "loss" else ".3f"
+                cells += [f"`{bug.sign[1]}` {WHERE[bug.sign[0]]}",
+                          *(over_seeds([sign_of(row, *bug.sign) for row in some], form)
+                            for some in (beside, own))]
             else:
                 cells += ["", "", ""]
             text += "| " + " | ".join(cells) + " |\n"
@@ -466,35 +483,31 @@ def main(config: Config) -> None:
     start.bank = pipeline.sample_bank(start)
     pipeline.stage(reward_model.Config(sft=config.sft, resume=True))
 
-    # ---- 2) the runs: without a bug first, then seed by seed --------------------------------------
+    # ---- 2) the runs: those without a bug first, then seed by seed -------------------------------
     path = folder / "results.jsonl"
-    rows = []
-    if path.exists():
-        rows = read_jsonl(path, {"bug": str, "method": str, "seed": int, "signs": dict})
-    rows = [{name: row[name] for name in row if name != "line"} for row in rows]
+    rows = finished_rows(path, start)
     methods = [method for method in COMMANDS if any(bug.method == method for bug in bugs)]
-    planned = [(seed, method, None) for method in methods for seed in range(config.seeds)]
-    planned += [(seed, bug.method, bug) for seed in range(config.seeds) for bug in bugs]
-    done, copied = [], set()
-    for seed, method, bug in planned:
+    planned = [(None, method, seed) for method in methods for seed in range(config.seeds)]
+    planned += [(bug, bug.method, seed) for seed in range(config.seeds) for bug in bugs]
+    copied = set()
+    for bug, method, seed in planned:
         wanted = key(bug, method, seed, start)
-        row = next((row for row in rows if row.items() >= wanted.items()), None)
-        if row is None:
-            code = folder / (bug.name if bug else "none-" + re.sub(r"\W+", "-", method.lower()))
-            if code not in copied:
-                print("\n" + (exhibit(bug) if bug else f"### none: python {COMMANDS[method]}"))
-                copy_code(code, start, bug)
-                copied.add(code)
-            print(f"{bug.name if bug else 'none'}, seed {seed}:", flush=True)
-            row = {**wanted, **measure(code, method, seed, start, config.device)}
-            rows.append(row)
-            write_jsonl(path, rows)  # a stop loses one run
-        done.append(row)
+        if any(row.items() >= wanted.items() for row in rows):
+            continue
+        code = folder / (bug.name if bug else "none-" + re.sub(r"\W+", "-", method.lower()))
+        if code not in copied:
+            print("\n" + (exhibit(bug) if bug else f"### none: python {COMMANDS[method]}"))
+            copy_code(code, start, bug)
+            copied.add(code)
+        print(f"{bug.name if bug else 'none'}, seed {seed}:", flush=True)
+        rows.append({**wanted, **measure(code, method, seed, start, config.device)})
+        write_jsonl(path, rows)  # a stop loses one run
+        atomic_write(folder / "table.md", markdown(rows).encode())
 
-    # ---- 3) the table ----------------------------------------------------------------------------
-    text = markdown(done)
-    atomic_write(folder / "table.md", text.encode())
-    print(f"\n{text}\nrows and table  ->  {folder}")
+    # ---- 3) the table of what was asked for ------------------------------------------------------
+    names = ["", *(bug.name for bug in bugs)]
+    shown = [row for row in rows if row["method"] in methods and row["bug"] in names]
+    print(f"\n{markdown(shown)}\nrows and table  ->  {folder}")
 
 
 if __name__ == "__main__":

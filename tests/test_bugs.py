@@ -104,7 +104,7 @@ def test_a_planted_bug_is_run_and_measured_without_it(root, tmp_path, monkeypatc
     monkeypatch.setattr(bugs, "BUGS", [bug._replace(new=bug.new + " ") for bug in BUGS])
     museum()
     assert ran == ["none-dpo", "mean", "again"]
-    assert len((out / "results.jsonl").read_text().splitlines()) == 3
+    assert len((out / "results.jsonl").read_text().splitlines()) == 2  # the row of the bug as it was is gone
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
