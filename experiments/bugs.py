@@ -171,7 +171,7 @@ BUGS = [
         "of a nat, and beta times that is little beside a margin: hardly a cost.",
         "DPO", "model.py", LOGPROBS,
         "logprobs = (chosen.bfloat16() - logits.bfloat16().exp().sum(1).log()).float()",
-        ("first", "chosen_logprobs"), "model: bf16_logprobs_are_normalised_and_repeatable"),
+        ("first", "chosen_logprobs"), "model: logprobs_by_hand"),
 
     # ---- PPO: sampling and scoring
     Bug("top-p", 22, "huggingface/trl/issues/235",
@@ -191,7 +191,7 @@ BUGS = [
         "less likely than under the reference, so the log-ratio of the samples falls below 0, as "
         "no KL can; and what is learned is how to mend texts that are never written at 1.",
         "PPO, gold reward", "model.py", "probs = torch.softmax(logits / temperature, 1)",
-        "probs = torch.softmax(logits / (1.5 * temperature), 1)", ("least", "kl"),
+        "probs = torch.softmax(logits / (1.5 * temperature), 1)", ("first", "entropy"),
         "model: frequencies_follow_the_softmax"),
     Bug("stale", 36, "CarperAI/trlx/issues/107",
         "The old log-probabilities are never renewed: the ratio is to the reference, not to the "
@@ -358,11 +358,10 @@ def readings(log: list[dict], reported: dict) -> dict[str, dict[str, float]]:
     """
     steps = [row for row in log if "grad_norm" in row]
     last = steps[-max(1, len(steps) // 5):]
-    names = steps[0].keys()
     return {
         "first": steps[0],
-        "least": {name: min(row[name] for row in steps) for name in names},
-        "late": {name: sum(row[name] for row in last) / len(last) for name in names},
+        "least": {name: min(row[name] for row in steps) for name in steps[0]},
+        "late": {name: sum(row[name] for row in last) / len(last) for name in steps[0]},
         "end": log[-1],
         "reported": {name: reported[name] for name in ("reward", "kl")},
     }
@@ -460,13 +459,17 @@ def markdown(rows: list[dict]) -> str:
 
 def exhibit(bug: Bug) -> str:
     """A bug in words and as a diff."""
-    module, name = bug.caught.split(": ")
+    module, test = bug.caught.split(": ")
     source = f"Row {bug.row} of tests/README.md" if bug.row else "No row of tests/README.md"
     if bug.seen:
         source += f"; [{bug.seen}]({GITHUB}{bug.seen})"
-    return (f"### {bug.name}\n\n{bug.what} {source}.\n\n`{bug.file}`, tried with "
-            f"`python {COMMANDS[bug.method]}`; caught by `{name}` in tests/test_{module}.py:\n\n"
-            f"```diff\n{diff(bug)}\n```\n\nExpected: {bug.expected}\n")
+    paragraphs = [f"{bug.what} {source}.",
+                  f"`{bug.file}`, tried with `python {COMMANDS[bug.method]}`; fails in tests/"
+                  f"test_{module}.py: `{test}`"]
+    what, where, expected = (
+        textwrap.fill(text, 126, break_long_words=False, break_on_hyphens=False)
+        for text in (*paragraphs, f"Expected: {bug.expected}"))
+    return f"### {bug.name}\n\n{what}\n\n{where}\n\n```diff\n{diff(bug)}\n```\n\n{expected}\n"
 
 
 def main(config: Config) -> None:
