@@ -5,9 +5,9 @@ measured by the code without it.
     python experiments/bugs.py --only mean     # one of them, and what it is compared with
     python experiments/bugs.py --seeds 1       # a third of the time, and no errors
 
-A bug is a change of a few lines that anybody could make, and somebody did: the numbers are rows of
-tests/README.md, which names the test that catches each. None of them stops with an error. The
-question is what it costs, and which logged number would have given it away.
+A bug is a change of a few lines that anybody could make, and mostly somebody did: its row of
+tests/README.md says where. None of them stops with an error. The question is what it costs, and
+which logged number would have given it away.
 
 The code is copied, the change is made in the copy, and a plain command is run there. It starts from
 the same SFT policy, pairs and reward model as the run without the bug, and the finished policy is
@@ -312,8 +312,9 @@ BUGS = [
 
 # ---- planting ------------------------------------------------------------------------------------
 
-def planted(bug: Bug, text: str) -> str:
+def planted(bug: Bug) -> str:
     """The text of the bug's file, with the bug in it."""
+    text = (ROOT / bug.file).read_text("utf-8")
     if (count := text.count(bug.old)) != 1:
         fail(f"{bug.name}: the text that it changes occurs {count} times in {bug.file}, expected "
              f"once: {bug.old.strip().splitlines()[0]}")
@@ -329,8 +330,6 @@ def diff(bug: Bug) -> str:
 def copy_code(folder: Path, start: pipeline.Start, bug: Bug | None) -> None:
     """The code, with the bug in it, and what its runs start from. A copy, so that a bug damages
     nothing: reference log-probabilities that are kept for later runs, for example."""
-    if bug:
-        planted(bug, (ROOT / bug.file).read_text("utf-8"))
     shutil.rmtree(folder / "runs", ignore_errors=True)
     for pattern in ("*.py", "common/*.py", "data/*.py", "data/*/*.py"):
         for path in ROOT.glob(pattern):
@@ -338,8 +337,7 @@ def copy_code(folder: Path, start: pipeline.Start, bug: Bug | None) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
     if bug:
-        path = folder / bug.file
-        path.write_text(planted(bug, path.read_text("utf-8")), "utf-8")
+        (folder / bug.file).write_text(planted(bug), "utf-8")
     shutil.copytree(tasks.prepared(DATASET), folder / "data" / DATASET / "prepared",
                     dirs_exist_ok=True)
     shutil.copytree(start.sft, folder / SFT)
@@ -478,6 +476,8 @@ def main(config: Config) -> None:
     folder = Path(config.out)
     check_writable(folder)
     bugs = [bug for bug in BUGS if config.only in ("", bug.name)]
+    for bug in bugs:
+        planted(bug)  # one that does not fit the code any more stops before anything is built
 
     # ---- 1) what all runs start from -------------------------------------------------------------
     start = pipeline.load(pipeline.sft_policy(config.sft, DATASET, "cpu"), DATASET, "cpu")
@@ -509,7 +509,8 @@ def main(config: Config) -> None:
 
     # ---- 3) the table of what was asked for ------------------------------------------------------
     names = ["", *(bug.name for bug in bugs)]
-    shown = [row for row in rows if row["method"] in methods and row["bug"] in names]
+    shown = [row for row in rows if row["method"] in methods and row["bug"] in names
+             and row["seed"] < config.seeds]
     print(f"\n{markdown(shown)}\nrows and table  ->  {folder}")
 
 

@@ -2,7 +2,6 @@
 committed rows, and one bug from planting to its row."""
 import json
 import re
-from pathlib import Path
 
 import pytest
 
@@ -10,7 +9,7 @@ import clone
 from common import ROOT
 from conftest import log_of
 from experiments import bugs
-from experiments.bugs import BUGS, COMMANDS, WHERE, Bug, Config, planted, readings
+from experiments.bugs import BUGS, COMMANDS, WHERE, Config, planted, readings
 
 RESULTS = ROOT / "results" / "bugs"
 
@@ -21,7 +20,7 @@ def test_every_bug_fits_todays_code(bug):
     the place where it was seen."""
     text = (ROOT / bug.file).read_text(encoding="utf-8")
     assert text.count(bug.old) == 1
-    changed = planted(bug, text)
+    changed = planted(bug)
     assert compile(changed, bug.file, "exec").co_code is not None and changed != text
     assert bug.method in COMMANDS and bug.sign[0] in WHERE
     if bug.row:
@@ -35,12 +34,17 @@ def test_names_are_those_of_one_exhibit_each():
     assert all(re.fullmatch(r"[a-z0-9-]+", name) for name in names)  # a folder, and a heading that can be linked to
 
 
-def test_a_text_that_is_not_there_once_is_one_line():
-    bug = BUGS[0]._replace(name="twice", file="a.py", old="x = 1")
-    assert planted(bug._replace(new="x = 2"), "x = 1\n") == "x = 2\n"
+def test_a_text_that_is_not_there_once_is_one_line(tmp_path, monkeypatch):
+    """Whoever changes the code hears of it before anything is built, by the name of the bug."""
+    bug = BUGS[0]._replace(name="twice", file="a.py", old="x = 1", new="x = 2")
+    monkeypatch.setattr(bugs, "ROOT", tmp_path)
+    (tmp_path / "a.py").write_text("x = 1\n")
+    assert planted(bug) == "x = 2\n"
+    monkeypatch.setattr(bugs, "BUGS", [bug])
     for text, times in (("y = 1", 0), ("x = 1; x = 1", 2)):
+        (tmp_path / "a.py").write_text(text)
         with pytest.raises(SystemExit, match=f"^error: twice: .* occurs {times} times in a.py, expected once: x = 1$"):
-            planted(bug, text)
+            bugs.main(Config(out=str(tmp_path / "out")))
 
 
 def test_a_diff_is_what_changed():
@@ -116,3 +120,21 @@ def test_the_page_has_the_table_of_the_committed_rows_and_every_exhibit():
     for bug in BUGS:
         assert bugs.exhibit(bug) in page, bug.name
         assert any(row["bug"] == bug.name for row in rows)
+
+
+def test_the_course_has_the_bugs_of_the_museum():
+    """Its diffs, made by hand with the file's own indentation, give the files that the museum plants; what is to be expected of
+    its command is the table of the rows with seed 0."""
+    page = (ROOT / "docs" / "course" / "6-silent-bugs.md").read_text(encoding="utf-8")
+    files = {bug.file: (ROOT / bug.file).read_text(encoding="utf-8") for bug in BUGS}
+    every = {planted(bug): bug.name for bug in BUGS}
+    shown = set()
+    for text in re.findall(r"```diff\n(.*?)```", page, flags=re.S):
+        old, new = ("".join(line[1:] + "\n" for line in text.splitlines() if line[0] in signs) for signs in (" -", " +"))
+        found = [every[source.replace(old, new)] for source in files.values() if source.count(old) == 1]
+        assert len(found) == 1 and f"`{found[0]}`" in page, text
+        shown.add(found[0])
+    assert len(shown) >= 6
+    rows = [json.loads(line) for line in (RESULTS / "results.jsonl").read_text().splitlines()]
+    both = [row for row in rows if row["method"] == "DPO" and row["bug"] in ("", "mean") and row["seed"] == 0]
+    assert bugs.markdown(both) in page
