@@ -461,12 +461,10 @@ def exhibit(bug: Bug) -> str:
     source = f"Row {bug.row} of tests/README.md" if bug.row else "No row of tests/README.md"
     if bug.seen:
         source += f"; [{bug.seen}]({GITHUB}{bug.seen})"
-    paragraphs = [f"{bug.what} {source}.",
-                  f"`{bug.file}`, tried with `python {COMMANDS[bug.method]}`; fails in tests/"
-                  f"test_{module}.py: `{test}`"]
-    what, where, expected = (
-        textwrap.fill(text, 126, break_long_words=False, break_on_hyphens=False)
-        for text in (*paragraphs, f"Expected: {bug.expected}"))
+    what, expected = (textwrap.fill(text, 126, break_long_words=False, break_on_hyphens=False)
+                      for text in (f"{bug.what} {source}.", f"Expected: {bug.expected}"))
+    where = (f"`{bug.file}`, with `python {COMMANDS[bug.method]}`;\n"
+             f"fails in tests/test_{module}.py: `{test}`")
     return f"### {bug.name}\n\n{what}\n\n{where}\n\n```diff\n{diff(bug)}\n```\n\n{expected}\n"
 
 
