@@ -704,6 +704,13 @@ def course_rlhf():
     for own in (ppo, reinforce):
         assert 0.3 < own["last"]["entropy"] / own["first"]["entropy"] < 0.4  # "falls to a third"
     yield f"`clip_fraction` is {ppo['largest_clip_fraction']:.1f} on the way"
+    paid = row("course/results.jsonl", command="ppo.py --reward gold: rewards = +beta ...")
+    yield f"Its gold reward is {paid['reward']:.2f}"
+    peeking = row("course/results.jsonl", command="ppo.py --reward gold: the value at the token")
+    clean, ends = exercise("python ppo.py --reward gold")
+    yield (f"at the end it is {peeking['last']['explained_variance']:.2f}, without the bug "
+           f"{clean['last']['explained_variance']:.2f}")
+    yield f"The run ends at {peeking['reward']:.3f} and {peeking['kl']:.2f} nats, without the bug at {ends.replace(' at ', ' and ')}"
 
 
 def last_sft_length():
@@ -723,6 +730,9 @@ def course_dpo():
     yield f"The run ends at {summed['reward']:.3f} and {summed['kl']:.2f} nats"
     yield f"{summed['held_out_accuracy']:.2f} of the held-out pairs are right"
     assert summed["last"]["chosen_reward"] > 0 < summed["last"]["rejected_reward"]  # "both creep up together"
+    mean = row("course/results.jsonl", command="dpo.py: logprobs.mean(1)")
+    yield f"The first `loss`: {mean['first']['loss']:.3f} in place of {math.log(2):.3f}"
+    yield f"It ends at {mean['reward']:.3f} and {mean['kl']:.2f} nats"
 
 
 def course_against():
@@ -731,6 +741,10 @@ def course_against():
     yield f"{clean} nats ({argmax['share']:.0%} of the optimum) in place of {noisy} ({half['share']:.0%})"
     gold, _ = exercise("python ppo.py --reward gold --beta 0.5")
     yield f"is at {gold['limit_kl']:.2f} nats, that of `python dpo.py --beta 0.5` at {half['limit_kl']:.2f}"
+    along, _ = exercise("dpo.py: the reference is the policy of the moment")
+    assert along["last"]["loss"] == round(math.log(2), 6) and along["last"]["margin"] == 0
+    plain = exercise("python dpo.py --beta 0.1")[1]
+    yield f"the run ends at {along['reward']:.3f} and {along['kl']:.2f} nats, where it should be {plain}"
     numbers = row("quiz/results.jsonl", question="The DPO implicit reward is as good as the explicit one.")["numbers"]
 
     def with_error(name):
