@@ -54,7 +54,7 @@ from model import response_logprobs, summed_logprobs
 
 @settings
 class Config:
-    dataset: str = "reviews"  # Task: a folder of data/.
+    dataset: str = "reviews"  # Task: a folder of data/, or one of your own files.
     preset: str = "cpu"  # Kind of machine that the task's sizes are meant for.
 
     # ---- the loss
@@ -166,7 +166,7 @@ def train(config: Config) -> Path:
     # ---- 1) the reference policy, the pairs, and what the policy will be measured with -----------
     start = pipeline.start(config)
     pairs = pair_tensors(start.pairs, start.tokenizer.pad)  # (2, N, ...): chosen, rejected
-    train_rows, held_rows = split(start.pairs, draw=bool(config.pairs))  # no prompt is in both
+    train_rows, held_rows = split(start.pairs, draw=start.own_pairs)  # no prompt is in both
     ref_logprobs = pipeline.reference_logprobs(start, pairs)  # (2, N), once: it does not change
 
     # ---- 2) the policy starts as a copy of the reference -----------------------------------------
@@ -244,10 +244,12 @@ def train(config: Config) -> Path:
             config, *held_logprobs, *ref_logprobs[:, held_rows].cpu())
         result["held_out_loss"] = losses.mean().item()
         result["held_out_accuracy"] = half_ties(chosen_rewards, rejected_rewards).mean().item()
+        result["held_out_margin"] = (chosen_rewards - rejected_rewards).mean().item()
     run.log(**result)
 
     # ---- 5) gold reward and KL on test prompts, samples, figure; printed when all of it is written
-    report = evaluate.report(run, name, policy, start, end_beta(config), result)
+    end = None if start.own_pairs else end_beta(config)
+    report = evaluate.report(run, name, policy, start, end, result)
     curves = {key: evaluate.smoothed(run.rows, key) for key in ("loss", "accuracy")}
     ln_2 = (0.6931, "ln 2, the loss at the start") if config.loss == "dpo" else None
     evaluate.draw_run(run.folder / "figure.png", f"{name} on the pairs", curves, report, ln_2)

@@ -27,7 +27,7 @@ import common  # noqa: F401  first, so that Ctrl-C while torch is imported is on
 
 import argparse
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, get_args
 
@@ -36,7 +36,7 @@ import torch
 from common import fail, pipeline, tasks
 from common.figures import figure
 from common.files import read_json_object, write_json, write_jsonl
-from common.pairs import sampled_responses
+from common.pairs import sampled_responses, split
 from common.processes import join
 from common.run import Run, check_same_task, load_run
 from common.settings import Parser, stop_like_ctrl_c
@@ -95,7 +95,8 @@ def optimal_curve(rewards: torch.Tensor, points: int = 60) -> list[dict[str, flo
     """The best reward at each KL: beta, kl, reward and effective sample size, by falling beta, as
     far as the bank goes."""
     curve: list[dict[str, float]] = []
-    for beta in torch.logspace(1.5, -3, points, dtype=torch.float64).tolist():
+    scale = rewards.double().std().item() or 1.0  # of another unit, the same curve in that unit
+    for beta in (scale * torch.logspace(2, -3, points, dtype=torch.float64)).tolist():
         weights = optimal_weights(rewards, beta)
         ess = effective_sample_size(weights).mean().item()
         if curve and ess < MIN_ESS:
@@ -157,23 +158,25 @@ def win_rate(a: torch.Tensor, b: torch.Tensor) -> float:
 class Bank:
     """Responses of the reference to the test prompts: M prompts, N responses each."""
     prompts: list[str]
-    rewards: torch.Tensor  # (M, N) their gold rewards
+    rewards: torch.Tensor | None  # (M, N) their gold rewards, or what is maximised in its place
     lengths: torch.Tensor  # (M, N) their tokens, EOS counted
     responses: list[list[str]]
-    gold: str = "exact, as the task defines it"  # what the gold reward is, in words
+    gold: str = "exact, as the task defines it"  # what that reward is, in words
+    column: str = "gold reward"  # what it is called in the table
 
 
 @dataclass
 class PolicySamples:
     """What a policy did on the bank's prompts; every tensor (M, samples)."""
-    rewards: torch.Tensor  # gold rewards
+    rewards: torch.Tensor | None  # gold rewards, or those of start.measure; None without any
     kl: torch.Tensor  # log pi(y|x) - log pi_ref(y|x) of the policy's own samples, nats
     lengths: torch.Tensor  # tokens of the responses, EOS counted
     responses: list[list[str]]
 
 
-def sample_policy(policy: GPT, ref: GPT, tokenizer: Tokenizer, prompts: list[str], gold: GoldReward,
-                  samples: int = SAMPLES, seed: int = EVAL_SEED) -> PolicySamples:
+def sample_policy(policy: GPT, ref: GPT, tokenizer: Tokenizer, prompts: list[str],
+                  gold: GoldReward | None, samples: int = SAMPLES,
+                  seed: int = EVAL_SEED) -> PolicySamples:
     """Sample the policy and score its responses under itself, the reference and the gold reward."""
     max_length = min(policy.config.block_size, ref.config.block_size)
     parts, texts = sampled_responses(policy,
@@ -187,11 +190,13 @@ def sample_policy(policy: GPT, ref: GPT, tokenizer: Tokenizer, prompts: list[str
         part.logprobs.sum(1) - summed_logprobs(ref, part.tokens, part.prompt_lengths, part.lengths)
         for part in parts
     ])
-    rewards = gold([prompt for prompt in prompts for _ in range(samples)], texts)
+    rewards = None
+    if gold:
+        rewards = gold([prompt for prompt in prompts for _ in range(samples)],
+                       texts).view(-1, samples)
     lengths = torch.cat([part.lengths - part.prompt_lengths for part in parts])
     responses = [texts[i:i + samples] for i in range(0, len(texts), samples)]
-    return PolicySamples(rewards.view(-1, samples), kl.view(-1, samples), lengths.view(-1, samples),
-                         responses)
+    return PolicySamples(rewards, kl.view(-1, samples), lengths.view(-1, samples), responses)
 
 
 def log_evaluation(run: Run, step: int, policy: GPT, start: pipeline.Start) -> None:
@@ -199,10 +204,9 @@ def log_evaluation(run: Run, step: int, policy: GPT, start: pipeline.Start) -> N
     some 512 responses."""
     with run.paused():
         prompts = start.bank.prompts
-        sampled = sample_policy(policy, start.ref, start.tokenizer, prompts, start.gold,
+        sampled = sample_policy(policy, start.ref, start.tokenizer, prompts, start.measure,
                                 max(1, 512 // len(prompts)))
-        row = table_row("policy", sampled.rewards.mean(1), sampled.kl.mean(1),
-                        sampled.lengths.float().mean(1))
+        row = policy_row(sampled)
         run.log(step=step,
                 **{f"eval_{name}": value
                    for name, value in row.items() if name != "kind"})
@@ -210,8 +214,10 @@ def log_evaluation(run: Run, step: int, policy: GPT, start: pipeline.Start) -> N
 
 # ---- the table -----------------------------------------------------------------------------------
 
-def table_row(kind: str, reward: torch.Tensor, kl: torch.Tensor, length: torch.Tensor) -> dict:
-    """A row of the table from per-prompt means (M,): each quantity with its standard error.
+def table_row(kind: str, reward: torch.Tensor | None, kl: torch.Tensor,
+              length: torch.Tensor) -> dict:
+    """A row of the table from per-prompt means (M,): each quantity that there is, with its standard
+    error.
 
     Args:
         kind: what the row is of: reference, policy, best of n, optimum (at a policy's KL) or limit
@@ -219,9 +225,17 @@ def table_row(kind: str, reward: torch.Tensor, kl: torch.Tensor, length: torch.T
     """
     row: dict = {"kind": kind}
     for name, values in (("reward", reward), ("kl", kl), ("length", length)):
-        row[name] = values.mean().item()
-        row[f"{name}_se"] = (values.std() / math.sqrt(len(values))).item()
+        if values is not None:
+            row[name] = values.mean().item()
+            std = values.std(correction=min(1, len(values) - 1))  # a single prompt has no error
+            row[f"{name}_se"] = (std / math.sqrt(len(values))).item()
     return row
+
+
+def policy_row(sampled: PolicySamples) -> dict:
+    """The row of a policy, from its samples."""
+    rewards = None if sampled.rewards is None else sampled.rewards.mean(1)
+    return table_row("policy", rewards, sampled.kl.mean(1), sampled.lengths.float().mean(1))
 
 
 def bank_row(kind: str, bank: Bank, weights: torch.Tensor, kl: torch.Tensor) -> dict:
@@ -240,14 +254,16 @@ def summary(bank: Bank,
         end_beta: the beta at which the gold reward's optimum is where the run must end in theory,
             if there is one.
     """
+    M, N = bank.lengths.shape
+    lengths = bank.lengths.float().mean(1)
+    if bank.rewards is None:  # nothing to be the best of
+        return {"SFT": table_row("reference", None, torch.zeros(M), lengths),
+                **{name: policy_row(policy) for name, policy in policies.items()}}
     curve = optimal_curve(bank.rewards)
     ref_reward = bank.rewards.mean().item()
-    M, N = bank.rewards.shape
-    lengths = bank.lengths.float().mean(1)
     rows = {"SFT": table_row("reference", bank.rewards.mean(1), torch.zeros(M), lengths)}
     for name, policy in policies.items():
-        rows[name] = table_row("policy", policy.rewards.mean(1), policy.kl.mean(1),
-                               policy.lengths.float().mean(1))
+        rows[name] = policy_row(policy)
         rows[name]["win_rate_over_sft"] = win_rate(policy.rewards, bank.rewards)
     for n in BEST_OF:
         if n < N:
@@ -283,9 +299,15 @@ def summary(bank: Bank,
     return rows
 
 
-def print_table(rows: dict[str, dict], gold: str) -> None:
+def print_table(rows: dict[str, dict], gold: str, column: str = "gold reward") -> None:
     width = max(map(len, rows))
-    print(f"\n{'':{width}}  {'gold reward':>15}  {'KL, nats':>14}  {'of optimum':>10}  "
+    if not any("reward" in row for row in rows.values()):
+        print(f"\n{'':{width}}  {'KL, nats':>14}  {'length':>12}")
+        for name, row in rows.items():
+            print(f"{name:{width}}  {row['kl']:6.2f} +- {row['kl_se']:4.2f}  "
+                  f"{row['length']:5.1f} +- {row['length_se']:3.1f}")
+        return
+    print(f"\n{'':{width}}  {column:>15}  {'KL, nats':>14}  {'of optimum':>10}  "
           f"{'length':>12}  {'wins vs SFT':>11}")
     for name, row in rows.items():
         reward = f"{row['reward']:.3f} +- {row['reward_se']:.3f}"
@@ -294,13 +316,18 @@ def print_table(rows: dict[str, dict], gold: str) -> None:
             kl = f"<= {row['kl']:.2f}"
         at_most = "" if row["share_known"] else "<= "
         share = "" if row["share"] is None else f"{at_most}{row['share']:.0%}"
+        if at_most and row["share"] and row["share"] > 1:  # a bound that says nothing
+            share = ""
         length = f"{row['length']:5.1f} +- {row['length_se']:.1f}"
         wins = f"{row['win_rate_over_sft']:.0%}" if "win_rate_over_sft" in row else ""
         print(f"{name:{width}}  {reward:>15}  {kl:>14}  {share:>10}  {length:>12}  {wins:>11}")
-    print(f"gold reward: {gold}")
+    print(f"{column}: {gold}")
 
 
 # ---- what every run ends with --------------------------------------------------------------------
+
+SHOWN = 3  # prompts whose responses are printed
+
 
 @dataclass
 class Report:
@@ -309,24 +336,67 @@ class Report:
     bank: Bank
     rows: dict[str, dict]
     sampled: PolicySamples
+    pairs: str = ""  # how it does on the user's own held-out pairs, in a line
+    # prompt, and what SFT and the policy say: of the user's held-out pairs, where the bank's prompts
+    # are the task's
+    examples: list[tuple[str, str, str]] = field(default_factory=list)
 
-    def show(self, count: int = 3) -> None:
+    def show(self, count: int = SHOWN) -> None:
         """Print the table, and the first responses of SFT and of the policy to the first prompts
-        with their rewards."""
-        print_table(self.rows, self.bank.gold)
-        for i in range(min(count, len(self.bank.prompts))):
+        with their rewards; what there is of the user's own pairs comes first."""
+        if self.pairs:
+            print(f"\n{self.pairs}")
+        for prompt, before, after in self.examples:
+            print(f"\nprompt    {prompt!r}\n  before  {before.strip()}\n  after   {after.strip()}")
+        if self.examples:
+            print("\nOf the task's own prompts, which these pairs need not be about:")
+        print_table(self.rows, self.bank.gold, self.bank.column)
+        for i in range(0 if self.examples else min(count, len(self.bank.prompts))):
+            before, after = "", ""  # their rewards, if there are any
+            if self.bank.rewards is not None:
+                before = f"{self.bank.rewards[i, 0]:.2f}  "
+                after = f"{self.sampled.rewards[i, 0]:.2f}  "
             print(f"\nprompt      {self.bank.prompts[i]!r}")
-            print(f"  before {self.bank.rewards[i, 0]:.2f}  {self.bank.responses[i][0].strip()}")
-            print(f"  after  {self.sampled.rewards[i, 0]:.2f}  "
-                  f"{self.sampled.responses[i][0].strip()}")
+            print(f"  before {before}{self.bank.responses[i][0].strip()}")
+            print(f"  after  {after}{self.sampled.responses[i][0].strip()}")
+
+
+def show_samples(model: GPT, tokenizer: Tokenizer, prompts: list[str]) -> None:
+    """Print a response to each of the first prompts that leave room for one."""
+    fits = [prompt for prompt in prompts
+            if len(tokenizer.encode(prompt)) + 1 < model.config.block_size][:SHOWN]
+    for prompt, text in zip(fits, sampled_responses(model, tokenizer, fits, 1, EVAL_SEED)[1]):
+        print(f"\nprompt    {prompt!r}\n  sample  {text.strip()}")
+
+
+def of_own_pairs(policy: GPT, start: pipeline.Start, result: dict) -> dict:
+    """What a Report says of the user's held-out pairs.
+
+    Args:
+        result: with held_out_accuracy, held_out_loss and held_out_margin, if any are held out.
+    """
+    numbers = split(start.pairs, draw=True)[1].tolist() if start.own_pairs else []
+    if not numbers:
+        return {}
+    line = (f"{len(numbers)} held-out pairs of {start.pairs_file}: accuracy "
+            f"{result['held_out_accuracy']:.3f}, loss {result['held_out_loss']:.3f}, implicit "
+            f"reward of chosen less rejected {result['held_out_margin']:+.3f}")
+    if tasks.is_own(start.dataset):  # the bank's prompts are theirs
+        return {"pairs": line}
+    held = dict.fromkeys(start.tokenizer.decode(start.pairs[i].prompt) for i in numbers)
+    prompts = list(held)[:SHOWN]
+    before, after = (sampled_responses(model, start.tokenizer, prompts, 1, EVAL_SEED)[1]
+                     for model in (start.ref, policy))
+    return {"pairs": line, "examples": list(zip(prompts, before, after))}
 
 
 def report(run: Run, name: str, policy: GPT, start: pipeline.Start, end_beta: float | None,
            result: dict) -> Report:
     """Measure a trained policy, and write evaluation.json and samples.jsonl into its folder.
     Nothing is printed yet: that comes last, when all is written."""
-    sampled = sample_policy(policy, start.ref, start.tokenizer, start.bank.prompts, start.gold)
+    sampled = sample_policy(policy, start.ref, start.tokenizer, start.bank.prompts, start.measure)
     rows = summary(start.bank, {name: sampled}, end_beta)
+    scored = sampled.rewards is not None
     write_json(run.folder / "evaluation.json",
                {**result, "name": name, "gold": start.bank.gold, "table": rows})
     samples = []
@@ -336,12 +406,12 @@ def report(run: Run, name: str, policy: GPT, start: pipeline.Start, end_beta: fl
             "task": start.dataset,
             **({"id": tasks.prompt_id(prompt)} if real else {"prompt": prompt}),
             "before": start.bank.responses[i][0],
-            "before_reward": start.bank.rewards[i, 0].item(),
+            **({"before_reward": start.bank.rewards[i, 0].item()} if scored else {}),
             "after": sampled.responses[i][0],
-            "after_reward": sampled.rewards[i, 0].item()
+            **({"after_reward": sampled.rewards[i, 0].item()} if scored else {})
         })
     write_jsonl(run.folder / "samples.jsonl", samples)
-    return Report(name, start.bank, rows, sampled)
+    return Report(name, start.bank, rows, sampled, **of_own_pairs(policy, start, result))
 
 
 def draw_run(path: Path,
@@ -349,21 +419,24 @@ def draw_run(path: Path,
              curves: dict[str, tuple[list[float], list[float]]],
              report: Report,
              level: tuple[float, str] | None = None) -> None:
-    """figure.png of a run. Left: named curves (x, y) over the training steps. Right: reward against
-    KL, with the optimum.
+    """figure.png of a run. Left: named curves (x, y) over the training steps. Right, if there is a
+    reward: it against the KL, with the optimum.
 
     Args:
         level: a height to mark on the left, and what it is.
     """
-    with figure(path, 2) as (_, (left, right)):
+    scored = report.bank.rewards is not None
+    with figure(path, 2 if scored else 1) as (_, axes):
+        left = axes[0] if scored else axes
         for name, (steps, values) in curves.items():
             left.plot(steps, values, label=name)
         if level:
             left.axhline(level[0], color="black", linestyle=":", linewidth=1, label=level[1])
         left.set(xlabel="step", title=title)
         left.legend(fontsize=8)
-        draw_frontier(right, report.bank, report.rows)
-        right.set_title("test prompts: gold reward against KL")
+        if scored:
+            draw_frontier(axes[1], report.bank, report.rows)
+            axes[1].set_title(f"test prompts: {report.bank.column} against KL")
 
 
 def logged(rows: list[dict], name: str) -> tuple[list[float], list[float]]:
@@ -400,7 +473,7 @@ def draw_frontier(axis, bank: Bank, rows: dict[str, dict]) -> None:
                           label=name)
         elif row["kind"] == "limit":
             axis.plot(row["kl"], row["reward"], "*", color="black", markersize=12, label=name)
-    axis.set(xlabel=r"KL$(\pi \,\|\, \pi_{ref})$, nats per response", ylabel="gold reward")
+    axis.set(xlabel=r"KL$(\pi \,\|\, \pi_{ref})$, nats per response", ylabel=bank.column)
     axis.legend(loc="lower right", fontsize=8)
 
 
