@@ -12,6 +12,7 @@ reward r*, its optimum is pi_ref(y|x) exp(r*(x, y) / beta) / Z(x), Eq. 4.
     python dpo.py --dataset imdb --beta 0.1   # the paper's sentiment task, two hours on 2 cores
     python dpo.py --loss unlikelihood         # the paper's baseline, without a reference
     python dpo.py --pairs FILE.jsonl          # your own pairs: {"prompt", "chosen", "rejected"}
+    python dpo.py --dataset FOLDER            # your own pairs and texts, see common/own_data.py
 
 Reads   the SFT policy (trained if it is missing); the pairs (sampled from it and labelled, if they
         are missing)
@@ -41,7 +42,7 @@ from tqdm import tqdm
 
 import evaluate
 from common import pipeline, tasks
-from common.pairs import pair_tensors, split
+from common.pairs import pair_tensors
 from common.processes import add_gradients, mine
 from common.run import Run
 from common.settings import (parse, require, require_numbers, require_processes, run_folder,
@@ -166,7 +167,7 @@ def train(config: Config) -> Path:
     # ---- 1) the reference policy, the pairs, and what the policy will be measured with -----------
     start = pipeline.start(config)
     pairs = pair_tensors(start.pairs, start.tokenizer.pad)  # (2, N, ...): chosen, rejected
-    train_rows, held_rows = split(start.pairs, draw=start.own_pairs)  # no prompt is in both
+    train_rows, held_rows = start.split()  # numbers of pairs; no prompt is in both
     ref_logprobs = pipeline.reference_logprobs(start, pairs)  # (2, N), once: it does not change
 
     # ---- 2) the policy starts as a copy of the reference -----------------------------------------
@@ -272,7 +273,7 @@ def end_beta(config: Config) -> float | None:
     pi_ref exp(s r / beta) / Z: that of r at beta / s. Labels without noise have none, and label
     smoothing assumes a noise that these labels do not have.
     """
-    if config.loss != "dpo" or config.labels != "bt" or config.pairs or config.label_smoothing:
+    if config.loss != "dpo" or config.labels != "bt" or config.label_smoothing:
         return None
     return config.beta / tasks.load(config.dataset).label_scale
 

@@ -2,6 +2,7 @@
 rates, samples.
 
     python evaluate.py RUN [RUN ...]    # compares finished policies of one task; half a minute
+    python evaluate.py RUN --reward FILE.py:function    # by a reward of yours
 
 Every method here maximises  E[r(x, y)] - beta KL(pi || pi_ref)  (Rafailov et al. 2023, Eq. 3),
 whose optimum is known:
@@ -33,10 +34,10 @@ from typing import Callable, get_args
 
 import torch
 
-from common import fail, pipeline, tasks
+from common import fail, pipeline, rewards, tasks
 from common.figures import figure
 from common.files import read_json_object, write_json, write_jsonl
-from common.pairs import sampled_responses, split
+from common.pairs import sampled_responses
 from common.processes import join
 from common.run import Run, check_same_task, load_run
 from common.settings import Parser, stop_like_ctrl_c
@@ -337,8 +338,8 @@ class Report:
     rows: dict[str, dict]
     sampled: PolicySamples
     pairs: str = ""  # how it does on the user's own held-out pairs, in a line
-    # prompt, and what SFT and the policy say: of the user's held-out pairs, where the bank's prompts
-    # are the task's
+    # of the user's held-out pairs, where the bank's prompts are the task's: prompt, and what SFT
+    # and the policy say
     examples: list[tuple[str, str, str]] = field(default_factory=list)
 
     def show(self, count: int = SHOWN) -> None:
@@ -375,7 +376,7 @@ def of_own_pairs(policy: GPT, start: pipeline.Start, result: dict) -> dict:
     Args:
         result: with held_out_accuracy, held_out_loss and held_out_margin, if any are held out.
     """
-    numbers = split(start.pairs, draw=True)[1].tolist() if start.own_pairs else []
+    numbers = start.split()[1].tolist() if start.own_pairs else []
     if not numbers:
         return {}
     line = (f"{len(numbers)} held-out pairs of {start.pairs_file}: accuracy "
@@ -479,8 +480,12 @@ def draw_frontier(axis, bank: Bank, rows: dict[str, dict]) -> None:
 
 # ---- several finished policies, side by side -----------------------------------------------------
 
-def main(runs: list[str]) -> None:
-    """Evaluate finished policies of one task, and print how often each wins over each other."""
+def main(runs: list[str], reward: str = "") -> None:
+    """Evaluate finished policies of one task, and print how often each wins over each other.
+
+    Args:
+        reward: FILE.py:function, or the folder of a reward model's run, in place of the gold one.
+    """
     for run in runs:
         if not (Path(run) / "model.pt").exists():
             fail(f"{run}: no finished run there (no model.pt)")
@@ -498,10 +503,15 @@ def main(runs: list[str]) -> None:
         policies[name], meta = load_run(run)
         check_same_task(run, meta,
                         {"dataset": start.dataset, "tokenizer": start.tokenizer.fingerprint})
-    start.gold = pipeline.gold_reward(start)
-    start.bank = pipeline.sample_bank(start)
+    if not tasks.is_own(start.dataset):
+        start.gold = pipeline.gold_reward(start)
+    if reward and rewards.is_own(reward):
+        start.measured_by = rewards.own_reward(reward)
+    elif reward:
+        start.measured_by = rewards.learned_reward(reward, start.task, start.ref.config.block_size)
+    start.bank = pipeline.measured_bank(start)
     sampled = {
-        name: sample_policy(policy, start.ref, start.tokenizer, start.bank.prompts, start.gold)
+        name: sample_policy(policy, start.ref, start.tokenizer, start.bank.prompts, start.measure)
         for name, policy in policies.items()
     }
 
@@ -509,8 +519,8 @@ def main(runs: list[str]) -> None:
     for run in runs:
         path = Path(run) / "evaluation.json"  # what training wrote there stays
         write_json(path, (read_json_object(path) if path.exists() else {}) | {"compared": rows})
-    print_table(rows, start.bank.gold)
-    for i, a in enumerate(names):
+    print_table(rows, start.bank.gold, start.bank.column)
+    for i, a in enumerate(names if start.measure else []):
         for b in names[i + 1:]:
             print(f"{a} wins over {b}: {win_rate(sampled[a].rewards, sampled[b].rewards):.1%} of "
                   "comparisons")
@@ -531,8 +541,10 @@ if __name__ == "__main__":
     join()
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="+", help="folders of finished runs: sft, dpo, ...")
+    parser.add_argument("--reward", default="",
+                        help="FILE.py:function, or a reward model's run, in place of the gold reward")
     parser.add_argument("--device", choices=get_args(Device), default="auto",
                         help="where it is computed; auto = CUDA where there is one, else the CPU")
     given = parser.parse_args()
     use_device(given.device)
-    main(given.run)
+    main(given.run, given.reward)

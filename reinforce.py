@@ -247,7 +247,7 @@ def train(config: Config) -> Path:
     result = {"step": config.steps, "seconds": run.seconds(), "samples": drawn,
               "reward_calls": drawn}
     run.log(**result)
-    # of the reward that is measured, theory says where it ends: beta is in standard deviations of it
+    # of the reward that is measured, theory says where it ends (beta is in its standard deviations)
     end_beta = config.beta * state["score_std"] if reward is start.measure else None
     report = evaluate.report(run, name, policy.eval(), start, end_beta, result)
     curves = {

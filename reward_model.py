@@ -8,6 +8,7 @@ others.
 
     python reward_model.py                       # on the pairs of `reviews`; 20 s on 2 cores
     python reward_model.py --pairs FILE.jsonl    # your own pairs: {"prompt", "chosen", "rejected"}
+    python reward_model.py --dataset FOLDER      # your own pairs and texts, see common/own_data.py
 
 Reads   the SFT policy, which the network starts from; the pairs (both made if they are missing)
 Writes  runs/<dataset>/reward-model.../ : config.json, log.jsonl, model.pt, tokenizer.tiktoken
@@ -32,7 +33,7 @@ from tqdm import tqdm
 
 from common import pipeline
 from common.files import sha256
-from common.pairs import pair_tensors, split
+from common.pairs import pair_tensors
 from common.processes import add_gradients, mine
 from common.rewards import all_scores
 from common.run import Run
@@ -100,7 +101,7 @@ def train(config: Config) -> Path:
     # (2, N, ...): chosen and rejected responses of N pairs
     pairs = pair_tensors(start.pairs, start.tokenizer.pad)
     # numbers of pairs; no prompt is in both
-    train_rows, held_rows = split(start.pairs, draw=start.own_pairs)
+    train_rows, held_rows = start.split()
 
     # ---- 2) the network starts from the policy, with a random head -------------------------------
     block_size = config.block_size or start.ref.config.block_size

@@ -6,6 +6,7 @@ from.
 
     python sft.py                    # half a minute; the loss nears the grammar's entropy
     python sft.py --dataset imdb     # about an hour on 2 cores; 1.46 bits per byte
+    python sft.py --dataset FOLDER   # your own texts, see common/own_data.py
     python sft.py --dataset tldr     # starts from `--on pretrain`, on all posts there are
     python sft.py --on chosen        # Preferred-FT (Rafailov et al. 2023, section 6): the same loss
                                      # on the chosen responses of the pairs, from the SFT policy

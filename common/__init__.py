@@ -8,6 +8,7 @@
     run.py          the run folder: settings, log, checkpoints, resume; finished models
     rewards.py      gold, learned, FILE.py:function: one interface
     tasks.py        what a task is, and its prepared data
+    own_data.py     a folder of your own files as a task
     pairs.py        preference pairs: the file, its checks, sampling and labels
     tokenizer.py    byte-level BPE
     gpt2.py         GPT-2 checkpoints in and out

@@ -30,6 +30,7 @@ from common.tasks import Preset, Task, check_prepared, publish
 from common.tokenizer import Tokenizer, train_bpe
 from common.training import generator
 
+SHARE = 10  # one in so many is held out
 FEWEST = 20  # documents or pairs; with fewer, hardly any could be held out
 LARGEST_BLOCK = 1024  # tokens of prompt and response
 LONGEST_DOCUMENT = 256  # tokens; a longer one is cut there
@@ -110,7 +111,7 @@ def without_repeats(rows: list[dict], what: str, left_out: list[str]) -> list[di
 def drawn(rows: list[dict], what: str) -> tuple[list[dict], list[dict]]:
     """Rows to train on, and a tenth that is held out, at most 1,000; a single row is both."""
     order = torch.randperm(len(rows), generator=generator(SEED, what)).tolist()
-    held = min(1000, max(1, len(rows) // 10))
+    held = min(1000, max(1, len(rows) // SHARE))
     return [rows[i] for i in sorted(order[held:])] or rows, [rows[i] for i in sorted(order[:held])]
 
 
@@ -133,7 +134,7 @@ def split_pairs(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     if not rows:
         return [], []
     texts = [Pair(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
-    train, held = split(texts, draw=True)
+    train, held = split(texts, draw=True, share=SHARE)
     return [rows[i] for i in train.tolist()], [rows[i] for i in held.tolist()]
 
 
@@ -219,9 +220,9 @@ def read(folder: Path) -> Contents:
 def on_pairs(pairs: int) -> dict:
     """Settings of a script that learns from so many pairs."""
     batch_size = 32 if pairs >= 2000 else 16
-    epochs = min(MAX_EPOCHS, max(1, round(MIN_STEPS * batch_size / max(1, pairs))))
+    epochs = min(MAX_EPOCHS, max(1, round(MIN_STEPS * batch_size / pairs)))
     return dict(batch_size=batch_size, epochs=float(epochs),
-                warmup=max(1, round(epochs * pairs / batch_size / 10)))
+                warmup=max(1, round(epochs * pairs / batch_size / 10)))  # a tenth of the steps
 
 
 def task(folder: Path) -> Task:
@@ -232,7 +233,8 @@ def task(folder: Path) -> Task:
     samples = 1
     while samples < 64 and samples * sizes["prompts_train"] < 128:
         samples *= 2
-    steps = min(2000, max(300, sizes["train"] * 20 // 32))
+    pairs = on_pairs(sizes["pairs_train"]) if sizes["pairs_train"] else {}
+    steps = min(2000, max(300, sizes["train"] * 20 // 32))  # 20 passes, where they are few
     return Task(labels="bt", label_scale=1.0, gold_reward=None, folder=folder, presets={
         "cpu": Preset(
             pair_prompts=0, pair_samples=0,
@@ -242,8 +244,8 @@ def task(folder: Path) -> Task:
                 "sft": dict(block_size=sizes["block_size"], steps=steps, warmup=steps // 10),
                 "sft chosen": dict(steps=max(MIN_STEPS, sizes["pairs_train"] // 32), lr=5e-4,
                                    warmup=MIN_STEPS // 10),
-                "dpo": on_pairs(sizes["pairs_train"]),
-                "reward_model": on_pairs(sizes["pairs_train"]),
+                "dpo": pairs,
+                "reward_model": pairs,
                 "ppo": dict(batch_size=128, samples=samples),
                 "reinforce": dict(batch_size=128, samples=max(4, samples)),
             }),

@@ -1,15 +1,15 @@
 """Preference pairs: the file format, its checks, how pairs are sampled and labelled, and which are
 held out.
 
-A row is {"prompt", "chosen", "rejected"}, text; further keys are allowed. A response is the prompt's
-literal continuation (with its leading space). The built-in tasks write the same format, with the
-ids that were sampled beside the texts ("chosen_ids", "rejected_ids"). The other forms of the
-Hugging Face preference format become this one when they are read:
-    no "prompt"       it is the beginning that both texts share, up to its last "\n\nAssistant:"
+A row is {"prompt", "chosen", "rejected"}, text; further keys are allowed. A response is its
+prompt's literal continuation (with its leading space). The built-in tasks write the same format,
+with the ids that were sampled beside the texts ("chosen_ids", "rejected_ids"). The other forms of
+the Hugging Face preference format become this one when they are read:
+    no "prompt"       it is the beginning that both texts share, up to its last "\\n\\nAssistant:"
                       (Anthropic's HH), or else up to where the word begins in which they part
     message lists     [{"role", "content"}, ...] for chosen and rejected, and for prompt where there
-                      is one; each message is written as "\n\nHuman: ..." (user), "\n\nAssistant: ..."
-                      or "\n\nSystem: ...", and the prompt ends with "\n\nAssistant:"
+                      is one; a message of the user is written as "\\n\\nHuman: ...", others as
+                      "\\n\\nAssistant: ..." or "\\n\\nSystem: ..."; a prompt ends with "\\n\\nAssistant:"
 """
 from __future__ import annotations
 
@@ -96,8 +96,9 @@ def render_messages(row: dict, where: str) -> dict[str, str]:
         for message in messages if isinstance(messages, list) else [None]:
             if not (isinstance(message, dict) and isinstance(message.get("content"), str)
                     and message.get("role") in ROLES):
-                fail(f"{where}: field {name!r} has {short(json.dumps(message), 40)} in it, expected "
-                     f"messages with a 'role' ({', '.join(ROLES)}) and a text as 'content'")
+                fail(f"{where}: field {name!r} has {short(json.dumps(message), 40)} in it, "
+                     f"expected messages with a 'role' ({', '.join(ROLES)}) and a text as "
+                     "'content'")
     texts = {}
     for name in ("chosen", "rejected"):
         messages = sides[name]
@@ -194,9 +195,10 @@ def pair_tensors(pairs: list[Pair], pad_id: int) -> PairTensors:
                        lengths.view(2, -1))
 
 
-def split(pairs: list[Pair], draw: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def split(pairs: list[Pair], draw: bool,
+          share: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
     """Numbers of the pairs to train on, and of those held out: all pairs of some prompts, a
-    twentieth of the pairs; of a file of somebody's a tenth, if those are at most 50.
+    twentieth of the pairs.
 
     No prompt is on both sides, or what was learned of it by heart would count as understood.
 
@@ -204,17 +206,16 @@ def split(pairs: list[Pair], draw: bool) -> tuple[torch.Tensor, torch.Tensor]:
         draw: the prompts that are held out are drawn at random, as a file of somebody's may be
             sorted. Otherwise they are the last ones: pairs that were sampled here come in a random
             order of prompts.
+        share: one pair in so many is held out; more of the fewer pairs in a folder of the user's.
     """
     prompts = [tuple(pair.prompt) for pair in pairs]
-    wanted = len(pairs) // 20
-    if draw and len(pairs) >= 20:
-        wanted = max(wanted, min(50, len(pairs) // 10))
     order = list(dict.fromkeys(prompts))
     if draw:
         drawn = torch.randperm(len(order), generator=generator(SEED, "held out"))
         order = [order[i] for i in drawn.tolist()]
     counts = Counter(prompts)
     held: set[tuple[int, ...]] = set()
+    wanted = len(pairs) // share
     while wanted > 0 and len(held) < len(order) - 1:
         prompt = order[-1 - len(held)]
         held.add(prompt)
@@ -261,6 +262,9 @@ def sampled_responses(model: GPT, tokenizer: Tokenizer, prompts: list[str], samp
     """`samples` responses to every prompt, row after row, as ids (with log-probabilities) and as
     text."""
     ids = [[tokenizer.bos] + row for row in tokenizer.encode_batch(prompts) for _ in range(samples)]
+    room = max_length or model.config.block_size
+    if (longest := max(map(len, ids))) >= room:
+        fail(f"no room for a response: a prompt has {longest} tokens, the block size is {room}")
     draw = generator(seed)
     parts = []
     with tqdm(total=len(ids), desc=description, unit=" responses") as bar:
@@ -269,7 +273,7 @@ def sampled_responses(model: GPT, tokenizer: Tokenizer, prompts: list[str], samp
                 parts.append(
                     generate(model,
                              ids[start:start + 1024],
-                             max_length or model.config.block_size,
+                             room,
                              tokenizer.eos,
                              tokenizer.pad,
                              draw,

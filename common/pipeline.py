@@ -18,11 +18,11 @@ from typing import Any, NoReturn
 
 import torch
 
-from common import fail, rewards, settings, tasks, training
+from common import fail, own_data, rewards, settings, tasks, training
 from common.files import read_json_object, read_jsonl, read_lines, sha256, write_json, write_jsonl
 from common.pairs import SEED as PAIRS_SEED
 from common.pairs import (Pair, PairTensors, encode_pairs, read_pairs, sample_pairs,
-                          sampled_responses)
+                          sampled_responses, split)
 from common.rewards import Reward
 from common.run import (check_folder, check_same_task, compare_settings, finished, load_run,
                         load_tensors, save_tensors)
@@ -61,6 +61,11 @@ class Start:
     def measure(self) -> Reward | None:
         """What policies are evaluated with; None: with the KL alone."""
         return self.measured_by or self.gold
+
+    def split(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Numbers of the pairs to train on, and of those held out; no prompt is in both."""
+        share = own_data.SHARE if tasks.is_own(self.dataset) else 20
+        return split(self.pairs, self.own_pairs, share)
 
     @property
     def task(self) -> dict[str, str]:

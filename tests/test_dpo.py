@@ -212,7 +212,7 @@ def test_an_identical_pair_teaches_unlikelihood_unless_alpha_is_1():
 
 @pytest.fixture
 def small_run(sft_run, pairs_file, small_reviews, tmp_path, monkeypatch):
-    """run(**settings) trains on 72 pairs, 12 a step, and returns the rows of the log and the run folder."""
+    """run(**settings) trains on 76 pairs, 12 a step, and returns the rows of the log and the run folder."""
     monkeypatch.setattr(evaluate, "draw_run", lambda *args: None)  # a second of matplotlib
 
     def run(**settings):
@@ -231,7 +231,7 @@ def test_first_step_is_the_definition(small_run, sft_run, pairs_file, gradients)
     pairs = encode_pairs(read_pairs(pairs_file), tokenizer, policy.config.block_size, pairs_file)
     longest = torch.tensor([len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs])
     rows, held = split(pairs, draw=True)
-    assert len(rows) == 72 and len(held) == 8
+    assert len(rows) == 76 and len(held) == 4
     batch = rows[next(batches(longest[rows], 12, seed=3))]
     loss, sums = 0.0, []
     for i in batch.tolist():
@@ -305,7 +305,7 @@ def test_micro_batches_change_nothing_and_accuracy_is_a_mean_over_pairs(small_ru
     whole, _ = small_run(epochs=4, lr=1e-3)
     torch.manual_seed(2)
     split, _ = small_run(epochs=4, lr=1e-3, micro_batch_size=5)
-    assert len(whole) == len(split) == 25  # 72 pairs in batches of 12, four times: 24 steps; and the last row
+    assert len(whole) == len(split) == 26  # 76 pairs in batches of 12, four times: 25 steps; and the last row
     for step, (a, b) in enumerate(zip(whole[:-1], split[:-1])):
         for name in ("loss", "margin", "chosen_reward", "chosen_logprobs", "grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-3), name
@@ -338,7 +338,7 @@ def test_reference_logprobs_are_kept_of_these_weights_pairs_and_dtype(small_run,
         monkeypatch.setattr(module, "summed_logprobs", lambda *args: computed.append(len(args[1])) or original(*args))
     kept = lambda: sorted((tmp_path / "own/ref-logprobs").iterdir())  # noqa: E731
     first, again = (small_run(**own)[1] for _ in range(2))
-    assert computed == [160, 8, 8, 8, 8] and len(kept()) == 1  # all 80 pairs once, and each time those that are held out
+    assert computed == [160, 4, 4, 4, 4] and len(kept()) == 1  # all 80 pairs once, and each time those that are held out
     assert sha256(first / "model.pt") == sha256(again / "model.pt")
     (tmp_path / "turned.jsonl").write_text("\n".join(reversed(pairs_file.read_text().splitlines())))
     for files, more in ((2, dict(pairs=str(tmp_path / "turned.jsonl"))), (3, dict(dtype="bfloat16")), (3, {})):

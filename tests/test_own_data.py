@@ -5,6 +5,8 @@ import json
 import math
 import os
 import random
+import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -111,14 +113,16 @@ def test_a_bad_row_stops_with_file_line_and_field(row, said, tmp_path):
 
 
 def test_anthropics_rows_load_as_they_are():
-    """All of harmless-base/test.jsonl.gz: every prompt ends with the last turn's name, nothing is lost, no response has a turn."""
+    """All of harmless-base/test.jsonl.gz: every prompt ends with the last turn's name, and no response
+    goes on to another one of the human's."""
     path = Path(os.environ.get("PREFERENCE_DATA", ""), "hh/harmless-base/test.jsonl.gz")
     if not os.environ.get("PREFERENCE_DATA") or not path.exists():
         pytest.skip("PREFERENCE_DATA (a folder with hh/harmless-base/test.jsonl.gz) is not set")
     rows = read_pairs(path)
     assert len(rows) == 2312
-    assert all(row["prompt"].startswith(H) and row["prompt"].endswith(A) for row in rows)
-    assert not any(turn in row[side] for row in rows for side in ("chosen", "rejected") for turn in (H, A))
+    assert all(row["prompt"].startswith(H.rstrip()) and row["prompt"].endswith(A) for row in rows)
+    assert not any(H.rstrip() in row["chosen"] + row["rejected"] for row in rows)
+    assert sum(A in row["chosen"] + row["rejected"] for row in rows) == 5  # five texts have it
     assert all(row[side].startswith(" ") for row in rows for side in ("chosen", "rejected"))
 
 
@@ -134,7 +138,7 @@ def test_sft_never_sees_what_dpo_holds_out(tmp_path, monkeypatch):
     folder = tasks.prepared("qa")
     read = lambda name: [json.loads(line) for line in (folder / name).read_text().splitlines()]  # noqa: E731
     different = [row for row in rows if row["chosen"] != row["rejected"]]
-    train, held = split([Pair(list(row["prompt"].encode()), [], []) for row in different], draw=True)
+    train, held = split([Pair(list(row["prompt"].encode()), [], []) for row in different], draw=True, share=10)
     assert len(train) == 90 and len(held) == 10 and held.float().std() > 15
     assert read("train.jsonl") == [{"prompt": different[i]["prompt"], "text": different[i]["chosen"]} for i in train.tolist()]
     for name, numbers in (("prompts_train", train), ("prompts_test", held)):
@@ -366,9 +370,37 @@ def test_pairs_of_their_own_on_a_task_of_ours(root, qa, capsys):
     assert clone.run_here(root, qa, "dpo", "--sft", "runs/reviews/sft", "--pairs", "films.jsonl", "--out", "runs/reviews/dpo") == 0
     said = capsys.readouterr().out
     result = json.loads((qa / "runs/reviews/dpo/evaluation.json").read_text())
-    assert f"4 held-out pairs of films.jsonl: accuracy {result['held_out_accuracy']:.3f}" in said
+    assert f"2 held-out pairs of films.jsonl: accuracy {result['held_out_accuracy']:.3f}" in said
     prompts = {json.loads(line)["prompt"] for line in (qa / "films.jsonl").read_text().splitlines()}
     before, after = said.split("Of the task's own prompts, which these pairs need not be about:")
     shown = [line for line in before.splitlines() if line.startswith("prompt    ")]
-    assert len(shown) == 3 and all(eval(line[10:], {}) in prompts for line in shown)
+    assert len(shown) == 2 and all(eval(line[10:], {}) in prompts for line in shown)
     assert "gold reward" in after and "prompt" not in after.replace("prompts", "")
+
+
+# ---- what the page about it prints -----------------------------------------------------------------------------------
+
+PAGE = next(path for path in sorted((clone.ROOT / "docs").rglob("*.md")) if "### From nothing to a DPO policy" in path.read_text())
+
+
+def test_the_pages_folder_and_tables(tmp_path, monkeypatch, capsys):
+    """Its script writes 300 pairs and 300 texts; its tables are those of the committed runs of its two commands."""
+    monkeypatch.chdir(tmp_path)
+    page = PAGE.read_text(encoding="utf-8")
+    write_the_pages_folder()
+    assert len(read_pairs("qa/pairs.jsonl")) == len(own_data.read_texts([Path("qa/texts.jsonl")])) == 300
+    for name in ("dpo", "ppo"):
+        run = json.loads((clone.ROOT / f"results/own_data/{name}.json").read_text())
+        evaluate.print_table(run["table"], run["gold"], "reward")
+        assert capsys.readouterr().out.strip("\n") in page
+        if name == "dpo":
+            assert (f"accuracy {run['held_out_accuracy']:.3f}, loss {run['held_out_loss']:.3f}, implicit reward of chosen less "
+                    f"rejected {run['held_out_margin']:+.3f}") in page
+
+
+def write_the_pages_folder() -> None:
+    """qa/ in the current folder, by the page's own script."""
+    page = PAGE.read_text(encoding="utf-8")
+    script = next(block for block in re.findall(r"^```python\n(.*?)^```", page, flags=re.S | re.M) if "qa/pairs.jsonl" in block)
+    Path("make_qa.py").write_text(script)
+    runpy.run_path("make_qa.py")
