@@ -14,6 +14,7 @@ reward r*, its optimum is pi_ref(y|x) exp(r*(x, y) / beta) / Z(x), Eq. 4.
     python dpo.py --loss unlikelihood         # the paper's baseline, without a reference
     python dpo.py --loss FILE.py:function     # a loss of your own: see docs/your_own.md
     python dpo.py --pairs FILE.jsonl          # your own pairs: {"prompt", "chosen", "rejected"}
+    python dpo.py --dataset FOLDER            # your own pairs and texts, see common/own_data.py
 
 Reads   the SFT policy (trained if it is missing); the pairs (sampled from it and labelled, if they
         are missing)
@@ -44,7 +45,7 @@ from tqdm import tqdm
 import evaluate
 from common import pipeline, tasks
 from common.files import sha256
-from common.pairs import pair_tensors, split
+from common.pairs import pair_tensors
 from common.processes import add_gradients, mine
 from common.run import Run
 from common.settings import (parse, require, require_numbers, require_processes, run_folder,
@@ -61,7 +62,7 @@ LOSSES = {"dpo": "DPO", "ipo": "IPO", "unlikelihood": "Unlikelihood"}
 
 @settings
 class Config:
-    dataset: str = "reviews"  # Task: a folder of data/.
+    dataset: str = "reviews"  # Task: a folder of data/, or one of your own files.
     preset: str = "cpu"  # Kind of machine that the task's sizes are meant for.
 
     # ---- the loss
@@ -206,7 +207,7 @@ def train(config: Config) -> Path:
     own = None if config.loss in LOSSES else own_loss(config.loss)  # tried before all else
     start = pipeline.start(config)
     pairs = pair_tensors(start.pairs, start.tokenizer.pad)  # (2, N, ...): chosen, rejected
-    train_rows, held_rows = split(start.pairs, draw=bool(config.pairs))  # no prompt is in both
+    train_rows, held_rows = start.split()  # numbers of pairs; no prompt is in both
     ref_logprobs = pipeline.reference_logprobs(start, pairs)  # (2, N), once: it does not change
     response_lengths = (pairs.lengths - pairs.prompt_lengths).to(device())  # (2, N) tokens
 
@@ -288,10 +289,12 @@ def train(config: Config) -> Path:
             response_lengths[:, held_rows].cpu(), own)
         result["held_out_loss"] = losses.mean().item()
         result["held_out_accuracy"] = half_ties(chosen_rewards, rejected_rewards).mean().item()
+        result["held_out_margin"] = (chosen_rewards - rejected_rewards).mean().item()
     run.log(**result)
 
     # ---- 5) gold reward and KL on test prompts, samples, figure; printed when all of it is written
-    report = evaluate.report(run, name, policy, start, end_beta(config), result)
+    end = None if start.own_pairs else end_beta(config)
+    report = evaluate.report(run, name, policy, start, end, result)
     curves = {key: evaluate.smoothed(run.rows, key) for key in ("loss", "accuracy")}
     ln_2 = (0.6931, "ln 2, the loss at the start") if config.loss == "dpo" else None
     evaluate.draw_run(run.folder / "figure.png", f"{name} on the pairs", curves, report, ln_2)
@@ -317,7 +320,7 @@ def end_beta(config: Config) -> float | None:
     pi_ref exp(s r / beta) / Z: that of r at beta / s. Labels without noise have none, and label
     smoothing assumes a noise that these labels do not have.
     """
-    if config.loss != "dpo" or config.labels != "bt" or config.pairs or config.label_smoothing:
+    if config.loss != "dpo" or config.labels != "bt" or config.label_smoothing:
         return None
     return config.beta / tasks.load(config.dataset).label_scale
 

@@ -2,6 +2,7 @@
 rates, samples.
 
     python evaluate.py RUN [RUN ...]    # compares finished policies of one task; half a minute
+    python evaluate.py RUN --reward FILE.py:function    # by a reward of yours
 
 Every method here maximises  E[r(x, y)] - beta KL(pi || pi_ref)  (Rafailov et al. 2023, Eq. 3),
 whose optimum is known:
@@ -27,13 +28,13 @@ import common  # noqa: F401  first, so that Ctrl-C while torch is imported is on
 
 import argparse
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, get_args
 
 import torch
 
-from common import fail, pipeline, tasks
+from common import fail, pipeline, rewards, tasks
 from common.figures import figure
 from common.files import read_json_object, write_json, write_jsonl
 from common.pairs import sampled_responses
@@ -95,7 +96,8 @@ def optimal_curve(rewards: torch.Tensor, points: int = 60) -> list[dict[str, flo
     """The best reward at each KL: beta, kl, reward and effective sample size, by falling beta, as
     far as the bank goes."""
     curve: list[dict[str, float]] = []
-    for beta in torch.logspace(1.5, -3, points, dtype=torch.float64).tolist():
+    scale = rewards.double().std().item() or 1.0  # of another unit, the same curve in that unit
+    for beta in (scale * torch.logspace(2, -3, points, dtype=torch.float64)).tolist():
         weights = optimal_weights(rewards, beta)
         ess = effective_sample_size(weights).mean().item()
         if curve and ess < MIN_ESS:
@@ -157,23 +159,25 @@ def win_rate(a: torch.Tensor, b: torch.Tensor) -> float:
 class Bank:
     """Responses of the reference to the test prompts: M prompts, N responses each."""
     prompts: list[str]
-    rewards: torch.Tensor  # (M, N) their gold rewards
+    rewards: torch.Tensor | None  # (M, N) their gold rewards, or what is maximised in its place
     lengths: torch.Tensor  # (M, N) their tokens, EOS counted
     responses: list[list[str]]
-    gold: str = "exact, as the task defines it"  # what the gold reward is, in words
+    gold: str = "exact, as the task defines it"  # what that reward is, in words
+    column: str = "gold reward"  # what it is called in the table
 
 
 @dataclass
 class PolicySamples:
     """What a policy did on the bank's prompts; every tensor (M, samples)."""
-    rewards: torch.Tensor  # gold rewards
+    rewards: torch.Tensor | None  # gold rewards, or those of start.measure; None without any
     kl: torch.Tensor  # log pi(y|x) - log pi_ref(y|x) of the policy's own samples, nats
     lengths: torch.Tensor  # tokens of the responses, EOS counted
     responses: list[list[str]]
 
 
-def sample_policy(policy: GPT, ref: GPT, tokenizer: Tokenizer, prompts: list[str], gold: GoldReward,
-                  samples: int = SAMPLES, seed: int = EVAL_SEED) -> PolicySamples:
+def sample_policy(policy: GPT, ref: GPT, tokenizer: Tokenizer, prompts: list[str],
+                  gold: GoldReward | None, samples: int = SAMPLES,
+                  seed: int = EVAL_SEED) -> PolicySamples:
     """Sample the policy and score its responses under itself, the reference and the gold reward."""
     max_length = min(policy.config.block_size, ref.config.block_size)
     parts, texts = sampled_responses(policy,
@@ -187,11 +191,13 @@ def sample_policy(policy: GPT, ref: GPT, tokenizer: Tokenizer, prompts: list[str
         part.logprobs.sum(1) - summed_logprobs(ref, part.tokens, part.prompt_lengths, part.lengths)
         for part in parts
     ])
-    rewards = gold([prompt for prompt in prompts for _ in range(samples)], texts)
+    rewards = None
+    if gold:
+        rewards = gold([prompt for prompt in prompts for _ in range(samples)],
+                       texts).view(-1, samples)
     lengths = torch.cat([part.lengths - part.prompt_lengths for part in parts])
     responses = [texts[i:i + samples] for i in range(0, len(texts), samples)]
-    return PolicySamples(rewards.view(-1, samples), kl.view(-1, samples), lengths.view(-1, samples),
-                         responses)
+    return PolicySamples(rewards, kl.view(-1, samples), lengths.view(-1, samples), responses)
 
 
 def log_evaluation(run: Run, step: int, policy: GPT, start: pipeline.Start) -> None:
@@ -199,10 +205,9 @@ def log_evaluation(run: Run, step: int, policy: GPT, start: pipeline.Start) -> N
     some 512 responses."""
     with run.paused():
         prompts = start.bank.prompts
-        sampled = sample_policy(policy, start.ref, start.tokenizer, prompts, start.gold,
+        sampled = sample_policy(policy, start.ref, start.tokenizer, prompts, start.measure,
                                 max(1, 512 // len(prompts)))
-        row = table_row("policy", sampled.rewards.mean(1), sampled.kl.mean(1),
-                        sampled.lengths.float().mean(1))
+        row = policy_row(sampled)
         run.log(step=step,
                 **{f"eval_{name}": value
                    for name, value in row.items() if name != "kind"})
@@ -210,8 +215,10 @@ def log_evaluation(run: Run, step: int, policy: GPT, start: pipeline.Start) -> N
 
 # ---- the table -----------------------------------------------------------------------------------
 
-def table_row(kind: str, reward: torch.Tensor, kl: torch.Tensor, length: torch.Tensor) -> dict:
-    """A row of the table from per-prompt means (M,): each quantity with its standard error.
+def table_row(kind: str, reward: torch.Tensor | None, kl: torch.Tensor,
+              length: torch.Tensor) -> dict:
+    """A row of the table from per-prompt means (M,): each quantity that there is, with its standard
+    error.
 
     Args:
         kind: what the row is of: reference, policy, best of n, optimum (at a policy's KL) or limit
@@ -219,9 +226,17 @@ def table_row(kind: str, reward: torch.Tensor, kl: torch.Tensor, length: torch.T
     """
     row: dict = {"kind": kind}
     for name, values in (("reward", reward), ("kl", kl), ("length", length)):
-        row[name] = values.mean().item()
-        row[f"{name}_se"] = (values.std() / math.sqrt(len(values))).item()
+        if values is not None:
+            row[name] = values.mean().item()
+            std = values.std(correction=min(1, len(values) - 1))  # a single prompt has no error
+            row[f"{name}_se"] = (std / math.sqrt(len(values))).item()
     return row
+
+
+def policy_row(sampled: PolicySamples) -> dict:
+    """The row of a policy, from its samples."""
+    rewards = None if sampled.rewards is None else sampled.rewards.mean(1)
+    return table_row("policy", rewards, sampled.kl.mean(1), sampled.lengths.float().mean(1))
 
 
 def bank_row(kind: str, bank: Bank, weights: torch.Tensor, kl: torch.Tensor) -> dict:
@@ -240,14 +255,16 @@ def summary(bank: Bank,
         end_beta: the beta at which the gold reward's optimum is where the run must end in theory,
             if there is one.
     """
+    M, N = bank.lengths.shape
+    lengths = bank.lengths.float().mean(1)
+    if bank.rewards is None:  # nothing to be the best of
+        return {"SFT": table_row("reference", None, torch.zeros(M), lengths),
+                **{name: policy_row(policy) for name, policy in policies.items()}}
     curve = optimal_curve(bank.rewards)
     ref_reward = bank.rewards.mean().item()
-    M, N = bank.rewards.shape
-    lengths = bank.lengths.float().mean(1)
     rows = {"SFT": table_row("reference", bank.rewards.mean(1), torch.zeros(M), lengths)}
     for name, policy in policies.items():
-        rows[name] = table_row("policy", policy.rewards.mean(1), policy.kl.mean(1),
-                               policy.lengths.float().mean(1))
+        rows[name] = policy_row(policy)
         rows[name]["win_rate_over_sft"] = win_rate(policy.rewards, bank.rewards)
     for n in BEST_OF:
         if n < N:
@@ -283,9 +300,15 @@ def summary(bank: Bank,
     return rows
 
 
-def print_table(rows: dict[str, dict], gold: str) -> None:
+def print_table(rows: dict[str, dict], gold: str, column: str = "gold reward") -> None:
     width = max(map(len, rows))
-    print(f"\n{'':{width}}  {'gold reward':>15}  {'KL, nats':>14}  {'of optimum':>10}  "
+    if not any("reward" in row for row in rows.values()):
+        print(f"\n{'':{width}}  {'KL, nats':>14}  {'length':>12}")
+        for name, row in rows.items():
+            print(f"{name:{width}}  {row['kl']:6.2f} +- {row['kl_se']:4.2f}  "
+                  f"{row['length']:5.1f} +- {row['length_se']:3.1f}")
+        return
+    print(f"\n{'':{width}}  {column:>15}  {'KL, nats':>14}  {'of optimum':>10}  "
           f"{'length':>12}  {'wins vs SFT':>11}")
     for name, row in rows.items():
         reward = f"{row['reward']:.3f} +- {row['reward_se']:.3f}"
@@ -294,13 +317,18 @@ def print_table(rows: dict[str, dict], gold: str) -> None:
             kl = f"<= {row['kl']:.2f}"
         at_most = "" if row["share_known"] else "<= "
         share = "" if row["share"] is None else f"{at_most}{row['share']:.0%}"
+        if at_most and row["share"] and row["share"] > 1:  # a bound that says nothing
+            share = ""
         length = f"{row['length']:5.1f} +- {row['length_se']:.1f}"
         wins = f"{row['win_rate_over_sft']:.0%}" if "win_rate_over_sft" in row else ""
         print(f"{name:{width}}  {reward:>15}  {kl:>14}  {share:>10}  {length:>12}  {wins:>11}")
-    print(f"gold reward: {gold}")
+    print(f"{column}: {gold}")
 
 
 # ---- what every run ends with --------------------------------------------------------------------
+
+SHOWN = 3  # prompts whose responses are printed
+
 
 @dataclass
 class Report:
@@ -309,24 +337,67 @@ class Report:
     bank: Bank
     rows: dict[str, dict]
     sampled: PolicySamples
+    pairs: str = ""  # how it does on the user's own held-out pairs, in a line
+    # of the user's held-out pairs, where the bank's prompts are the task's: prompt, and what SFT
+    # and the policy say
+    examples: list[tuple[str, str, str]] = field(default_factory=list)
 
-    def show(self, count: int = 3) -> None:
+    def show(self, count: int = SHOWN) -> None:
         """Print the table, and the first responses of SFT and of the policy to the first prompts
-        with their rewards."""
-        print_table(self.rows, self.bank.gold)
-        for i in range(min(count, len(self.bank.prompts))):
+        with their rewards; what there is of the user's own pairs comes first."""
+        if self.pairs:
+            print(f"\n{self.pairs}")
+        for prompt, before, after in self.examples:
+            print(f"\nprompt    {prompt!r}\n  before  {before.strip()}\n  after   {after.strip()}")
+        if self.examples:
+            print("\nOf the task's own prompts, which these pairs need not be about:")
+        print_table(self.rows, self.bank.gold, self.bank.column)
+        for i in range(0 if self.examples else min(count, len(self.bank.prompts))):
+            before, after = "", ""  # their rewards, if there are any
+            if self.bank.rewards is not None:
+                before = f"{self.bank.rewards[i, 0]:.2f}  "
+                after = f"{self.sampled.rewards[i, 0]:.2f}  "
             print(f"\nprompt      {self.bank.prompts[i]!r}")
-            print(f"  before {self.bank.rewards[i, 0]:.2f}  {self.bank.responses[i][0].strip()}")
-            print(f"  after  {self.sampled.rewards[i, 0]:.2f}  "
-                  f"{self.sampled.responses[i][0].strip()}")
+            print(f"  before {before}{self.bank.responses[i][0].strip()}")
+            print(f"  after  {after}{self.sampled.responses[i][0].strip()}")
+
+
+def show_samples(model: GPT, tokenizer: Tokenizer, prompts: list[str]) -> None:
+    """Print a response to each of the first prompts that leave room for one."""
+    fits = [prompt for prompt in prompts
+            if len(tokenizer.encode(prompt)) + 1 < model.config.block_size][:SHOWN]
+    for prompt, text in zip(fits, sampled_responses(model, tokenizer, fits, 1, EVAL_SEED)[1]):
+        print(f"\nprompt    {prompt!r}\n  sample  {text.strip()}")
+
+
+def of_own_pairs(policy: GPT, start: pipeline.Start, result: dict) -> dict:
+    """What a Report says of the user's held-out pairs.
+
+    Args:
+        result: with held_out_accuracy, held_out_loss and held_out_margin, if any are held out.
+    """
+    numbers = start.split()[1].tolist() if start.own_pairs else []
+    if not numbers:
+        return {}
+    line = (f"{len(numbers)} held-out pairs of {start.pairs_file}: accuracy "
+            f"{result['held_out_accuracy']:.3f}, loss {result['held_out_loss']:.3f}, implicit "
+            f"reward of chosen less rejected {result['held_out_margin']:+.3f}")
+    if tasks.is_own(start.dataset):  # the bank's prompts are theirs
+        return {"pairs": line}
+    held = dict.fromkeys(start.tokenizer.decode(start.pairs[i].prompt) for i in numbers)
+    prompts = list(held)[:SHOWN]
+    before, after = (sampled_responses(model, start.tokenizer, prompts, 1, EVAL_SEED)[1]
+                     for model in (start.ref, policy))
+    return {"pairs": line, "examples": list(zip(prompts, before, after))}
 
 
 def report(run: Run, name: str, policy: GPT, start: pipeline.Start, end_beta: float | None,
            result: dict) -> Report:
     """Measure a trained policy, and write evaluation.json and samples.jsonl into its folder.
     Nothing is printed yet: that comes last, when all is written."""
-    sampled = sample_policy(policy, start.ref, start.tokenizer, start.bank.prompts, start.gold)
+    sampled = sample_policy(policy, start.ref, start.tokenizer, start.bank.prompts, start.measure)
     rows = summary(start.bank, {name: sampled}, end_beta)
+    scored = sampled.rewards is not None
     write_json(run.folder / "evaluation.json",
                {**result, "name": name, "gold": start.bank.gold, "table": rows})
     samples = []
@@ -336,12 +407,12 @@ def report(run: Run, name: str, policy: GPT, start: pipeline.Start, end_beta: fl
             "task": start.dataset,
             **({"id": tasks.prompt_id(prompt)} if real else {"prompt": prompt}),
             "before": start.bank.responses[i][0],
-            "before_reward": start.bank.rewards[i, 0].item(),
+            **({"before_reward": start.bank.rewards[i, 0].item()} if scored else {}),
             "after": sampled.responses[i][0],
-            "after_reward": sampled.rewards[i, 0].item()
+            **({"after_reward": sampled.rewards[i, 0].item()} if scored else {})
         })
     write_jsonl(run.folder / "samples.jsonl", samples)
-    return Report(name, start.bank, rows, sampled)
+    return Report(name, start.bank, rows, sampled, **of_own_pairs(policy, start, result))
 
 
 def draw_run(path: Path,
@@ -349,21 +420,24 @@ def draw_run(path: Path,
              curves: dict[str, tuple[list[float], list[float]]],
              report: Report,
              level: tuple[float, str] | None = None) -> None:
-    """figure.png of a run. Left: named curves (x, y) over the training steps. Right: reward against
-    KL, with the optimum.
+    """figure.png of a run. Left: named curves (x, y) over the training steps. Right, if there is a
+    reward: it against the KL, with the optimum.
 
     Args:
         level: a height to mark on the left, and what it is.
     """
-    with figure(path, 2) as (_, (left, right)):
+    scored = report.bank.rewards is not None
+    with figure(path, 2 if scored else 1) as (_, axes):
+        left = axes[0] if scored else axes
         for name, (steps, values) in curves.items():
             left.plot(steps, values, label=name)
         if level:
             left.axhline(level[0], color="black", linestyle=":", linewidth=1, label=level[1])
         left.set(xlabel="step", title=title)
         left.legend(fontsize=8)
-        draw_frontier(right, report.bank, report.rows)
-        right.set_title("test prompts: gold reward against KL")
+        if scored:
+            draw_frontier(axes[1], report.bank, report.rows)
+            axes[1].set_title(f"test prompts: {report.bank.column} against KL")
 
 
 def logged(rows: list[dict], name: str) -> tuple[list[float], list[float]]:
@@ -400,14 +474,18 @@ def draw_frontier(axis, bank: Bank, rows: dict[str, dict]) -> None:
                           label=name)
         elif row["kind"] == "limit":
             axis.plot(row["kl"], row["reward"], "*", color="black", markersize=12, label=name)
-    axis.set(xlabel=r"KL$(\pi \,\|\, \pi_{ref})$, nats per response", ylabel="gold reward")
+    axis.set(xlabel=r"KL$(\pi \,\|\, \pi_{ref})$, nats per response", ylabel=bank.column)
     axis.legend(loc="lower right", fontsize=8)
 
 
 # ---- several finished policies, side by side -----------------------------------------------------
 
-def main(runs: list[str]) -> None:
-    """Evaluate finished policies of one task, and print how often each wins over each other."""
+def main(runs: list[str], reward: str = "") -> None:
+    """Evaluate finished policies of one task, and print how often each wins over each other.
+
+    Args:
+        reward: FILE.py:function, or the folder of a reward model's run, in place of the gold one.
+    """
     for run in runs:
         if not (Path(run) / "model.pt").exists():
             fail(f"{run}: no finished run there (no model.pt)")
@@ -425,10 +503,15 @@ def main(runs: list[str]) -> None:
         policies[name], meta = load_run(run)
         check_same_task(run, meta,
                         {"dataset": start.dataset, "tokenizer": start.tokenizer.fingerprint})
-    start.gold = pipeline.gold_reward(start)
-    start.bank = pipeline.sample_bank(start)
+    if not tasks.is_own(start.dataset):
+        start.gold = pipeline.gold_reward(start)
+    if reward and rewards.is_own(reward):
+        start.measured_by = rewards.own_reward(reward)
+    elif reward:
+        start.measured_by = rewards.learned_reward(reward, start.task, start.ref.config.block_size)
+    start.bank = pipeline.measured_bank(start)
     sampled = {
-        name: sample_policy(policy, start.ref, start.tokenizer, start.bank.prompts, start.gold)
+        name: sample_policy(policy, start.ref, start.tokenizer, start.bank.prompts, start.measure)
         for name, policy in policies.items()
     }
 
@@ -436,8 +519,8 @@ def main(runs: list[str]) -> None:
     for run in runs:
         path = Path(run) / "evaluation.json"  # what training wrote there stays
         write_json(path, (read_json_object(path) if path.exists() else {}) | {"compared": rows})
-    print_table(rows, start.bank.gold)
-    for i, a in enumerate(names):
+    print_table(rows, start.bank.gold, start.bank.column)
+    for i, a in enumerate(names if start.measure else []):
         for b in names[i + 1:]:
             print(f"{a} wins over {b}: {win_rate(sampled[a].rewards, sampled[b].rewards):.1%} of "
                   "comparisons")
@@ -458,8 +541,10 @@ if __name__ == "__main__":
     join()
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="+", help="folders of finished runs: sft, dpo, ...")
+    parser.add_argument("--reward", default="",
+                        help="FILE.py:function, or a reward model's run, in place of the gold reward")
     parser.add_argument("--device", choices=get_args(Device), default="auto",
                         help="where it is computed; auto = CUDA where there is one, else the CPU")
     given = parser.parse_args()
     use_device(given.device)
-    main(given.run)
+    main(given.run, given.reward)

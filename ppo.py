@@ -66,7 +66,7 @@ PROMPTS, RESPONSES, ROLLOUT, MINIBATCHES = 1, 2, 3, 4  # random streams of this 
 
 @settings
 class Config:
-    dataset: str = "reviews"  # Task: a folder of data/.
+    dataset: str = "reviews"  # Task: a folder of data/, or one of your own files.
     preset: str = "cpu"  # Kind of machine that the task's sizes are meant for.
 
     # ---- what is maximised
@@ -229,7 +229,7 @@ def train(config: Config) -> Path:
     start = pipeline.start(config)
     ref = start.ref.requires_grad_(False)
     tokenizer = start.tokenizer
-    reward = pipeline.reward(config, start)
+    reward = start.reward
     prompts = tasks.prompts(config.dataset, "train")  # texts
     prompt_ids = [[tokenizer.bos] + ids for ids in tokenizer.encode_batch(prompts)]
     episodes = min(config.batch_size, len(prompts) * config.samples)  # responses in a batch
@@ -403,8 +403,8 @@ def train(config: Config) -> Path:
     result = {"step": config.steps, "seconds": run.seconds(), "samples": drawn,
               "reward_calls": drawn}
     run.log(**result)
-    report = evaluate.report(run, name, policy.eval(), start, end_beta(config, state["score_std"]),
-                             result)
+    end = end_beta(config, state["score_std"]) if reward is start.measure else None
+    report = evaluate.report(run, name, policy.eval(), start, end, result)
     curves = {
         "score, in standard deviations of the reference's": evaluate.logged(run.rows, "scores"),
         "KL to the reference, nats per response": evaluate.logged(run.rows, "kl"),
@@ -424,10 +424,10 @@ def built_from(start: pipeline.Start, reward: Reward) -> dict[str, str]:
 
 
 def end_beta(config: Config, score_std: float) -> float | None:
-    """The beta at which the gold reward's optimum is where this run must end, if theory says so:
-    beta is in standard deviations of the score. What adapts beta or adds to the gold reward has
-    another end."""
-    if config.reward != "gold" or config.target_kl or config.missing_eos_penalty:
+    """The beta at which the optimum of the reward is where this run must end, if theory says so:
+    beta is in standard deviations of the score. What adapts beta or adds to the reward has another
+    end."""
+    if config.target_kl or config.missing_eos_penalty:
         return None
     return config.beta * score_std
 

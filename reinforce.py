@@ -61,7 +61,7 @@ PROMPTS, RESPONSES, ROLLOUT = 1, 2, 3  # random streams of this script
 
 @settings
 class Config:
-    dataset: str = "reviews"  # Task: a folder of data/.
+    dataset: str = "reviews"  # Task: a folder of data/, or one of your own files.
     preset: str = "cpu"  # Kind of machine that the task's sizes are meant for.
 
     # ---- what is maximised
@@ -130,7 +130,7 @@ def train(config: Config) -> Path:
     start = pipeline.start(config)
     ref = start.ref.requires_grad_(False)
     tokenizer = start.tokenizer
-    reward = pipeline.reward(config, start)
+    reward = start.reward
     prompts = tasks.prompts(config.dataset, "train")  # texts
     prompt_ids = [[tokenizer.bos] + ids for ids in tokenizer.encode_batch(prompts)]
 
@@ -247,8 +247,8 @@ def train(config: Config) -> Path:
     result = {"step": config.steps, "seconds": run.seconds(), "samples": drawn,
               "reward_calls": drawn}
     run.log(**result)
-    # with the gold reward, theory says where it ends: beta is in standard deviations of the score
-    end_beta = config.beta * state["score_std"] if config.reward == "gold" else None
+    # of the reward that is measured, theory says where it ends (beta is in its standard deviations)
+    end_beta = config.beta * state["score_std"] if reward is start.measure else None
     report = evaluate.report(run, name, policy.eval(), start, end_beta, result)
     curves = {
         "score, in standard deviations of the reference's": evaluate.logged(run.rows, "scores"),

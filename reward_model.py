@@ -8,6 +8,7 @@ others.
 
     python reward_model.py                       # on the pairs of `reviews`; 20 s on 2 cores
     python reward_model.py --pairs FILE.jsonl    # your own pairs: {"prompt", "chosen", "rejected"}
+    python reward_model.py --dataset FOLDER      # your own pairs and texts, see common/own_data.py
 
 Reads   the SFT policy, which the network starts from; the pairs (both made if they are missing)
 Writes  runs/<dataset>/reward-model.../ : config.json, log.jsonl, model.pt, tokenizer.tiktoken
@@ -32,7 +33,7 @@ from tqdm import tqdm
 
 from common import pipeline
 from common.files import sha256
-from common.pairs import pair_tensors, split
+from common.pairs import pair_tensors
 from common.processes import add_gradients, mine
 from common.rewards import all_scores
 from common.run import Run
@@ -46,7 +47,7 @@ from model import ScalarModel
 
 @settings
 class Config:
-    dataset: str = "reviews"  # Task: a folder of data/.
+    dataset: str = "reviews"  # Task: a folder of data/, or one of your own files.
     preset: str = "cpu"  # Kind of machine that the task's sizes are meant for.
 
     # ---- what it learns from
@@ -100,7 +101,7 @@ def train(config: Config) -> Path:
     # (2, N, ...): chosen and rejected responses of N pairs
     pairs = pair_tensors(start.pairs, start.tokenizer.pad)
     # numbers of pairs; no prompt is in both
-    train_rows, held_rows = split(start.pairs, draw=bool(config.pairs))
+    train_rows, held_rows = start.split()
 
     # ---- 2) the network starts from the policy, with a random head -------------------------------
     block_size = config.block_size or start.ref.config.block_size
@@ -171,6 +172,7 @@ def train(config: Config) -> Path:
     run.finish(model, start.tokenizer)
     for name, value in result.items():
         print(f"{name.replace('_', ' '):36} {value:.4g}")
+    print_scored(start, held_rows.tolist()[:3], scores.view(2, -1), model)
     print(f"  ->  {run.folder}")
     return run.folder
 
@@ -194,14 +196,27 @@ def pair_accuracy(chosen: torch.Tensor, rejected: torch.Tensor) -> dict[str, flo
     return result
 
 
+def print_scored(start: pipeline.Start, rows: list[int], scores: torch.Tensor,
+                 model: ScalarModel) -> None:
+    """A few held-out pairs as texts, with their scores (2, N), shifted and scaled as they are
+    used."""
+    scores = (scores - model.mean.cpu()) / model.std.cpu()
+    for i in rows:
+        pair = start.pairs[i]
+        print(f"\nprompt          {start.tokenizer.decode(pair.prompt)!r}")
+        for side, name in enumerate(("chosen", "rejected")):
+            text = start.tokenizer.decode(pair[1 + side]).strip()
+            print(f"  {name:8} {scores[side, i]:+.2f}  {text}")
+
+
 def built_from(config: Config, start: pipeline.Start | None = None) -> dict[str, str]:
     """What a run is made from: with other weights or other pairs under the same names it is another
     run."""
     if start is None:  # asked before it is trained: is the one that is there still the right one?
         sft = pipeline.sft_policy(config.sft, config.dataset, config.preset, config.dtype)
         start = pipeline.load(sft, config.dataset, config.preset, config.dtype)
-        if config.pairs:
-            start.pairs_id = sha256(config.pairs)
+        if own := pipeline.own_pairs_file(config):
+            start.pairs_id = sha256(own)
         else:
             start.gold = pipeline.gold_reward(start)
             start.pairs_id = sha256(pipeline.sampled_pairs(start, config.labels, config.prompts))

@@ -6,6 +6,7 @@ from.
 
     python sft.py                    # half a minute; the loss nears the grammar's entropy
     python sft.py --dataset imdb     # about an hour on 2 cores; 1.46 bits per byte
+    python sft.py --dataset FOLDER   # your own texts, see common/own_data.py
     python sft.py --dataset tldr     # starts from `--on pretrain`, on all posts there are
     python sft.py --on chosen        # Preferred-FT (Rafailov et al. 2023, section 6): the same loss
                                      # on the chosen responses of the pairs, from the SFT policy
@@ -52,7 +53,7 @@ LETTERS_PER_TOKEN = 16
 
 @settings
 class Config:
-    dataset: str = "reviews"  # Task: a folder of data/.
+    dataset: str = "reviews"  # Task: a folder of data/, or one of your own files.
     preset: str = "cpu"  # Kind of machine that the task's sizes are meant for.
 
     # ---- what it learns from
@@ -245,7 +246,7 @@ def train(config: Config) -> Path:
     use_device(config.device)
     check_folder(config)
     # of Preferred-FT: what it learns from, and what it is measured with
-    pairs_file, start = config.pairs, None
+    pairs_file, start = pipeline.own_pairs_file(config) if config.on == "chosen" else "", None
     pair_rows = read_pairs(pairs_file) if pairs_file else []
     init = initial_weights(config)
     if config.on == "chosen" and (config.evaluate_every or not pairs_file):
@@ -318,6 +319,8 @@ def train(config: Config) -> Path:
         evaluate.log_evaluation(run, config.steps, model, start)
     run.log(step=config.steps, seconds=run.seconds(), **result)
     run.finish(model, tokenizer)
+    if tasks.is_own(config.dataset):
+        evaluate.show_samples(model, tokenizer, tasks.prompts(config.dataset, "test"))
     print(f"held-out loss: {result['nats_per_token']:.3f} nats per token, "
           f"{result['nats_per_document']:.1f} nats per document, {result['bits_per_byte']:.3f} "
           f"bits per byte  ->  {run.folder}")
@@ -331,7 +334,8 @@ def preferred_ft_start(config: Config, init: str) -> pipeline.Start:
         fail(f"--init {init}: --on chosen needs the run folder of an SFT policy, or --pairs "
              "without --evaluate-every")
     start = pipeline.load(Path(init), config.dataset, config.preset, config.dtype)
-    start.gold = pipeline.gold_reward(start)
+    if not tasks.is_own(config.dataset):
+        start.gold = pipeline.gold_reward(start)
     if config.evaluate_every:
         start.bank = pipeline.sample_bank(start)
     return start

@@ -9,6 +9,7 @@
     rewards.py      gold, learned, FILE.py:function: one interface
     user_code.py    FILE.py:function: how it is loaded, and how its mistakes are named
     tasks.py        what a task is, and its prepared data
+    own_data.py     a folder of your own files as a task
     pairs.py        preference pairs: the file, its checks, sampling and labels
     tokenizer.py    byte-level BPE
     gpt2.py         GPT-2 checkpoints in and out

@@ -1,10 +1,12 @@
 """Files: written whole or not at all, and read with one clear line where something is wrong."""
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import lzma
 import os
+import zlib
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Iterable
 
@@ -159,7 +161,7 @@ def read_json_object(path: str | Path, *fields: str) -> dict:
 
 
 def read_jsonl(path: str | Path, fields: Fields) -> list[dict]:
-    """Rows of a JSON-lines file (or .xz), each checked, each with the "line" it stands on.
+    """Rows of a JSON-lines file (or .gz, .xz), each checked, each with the "line" it stands on.
 
     Args:
         fields: the names that a row must have, and the types that their values may have.
@@ -190,12 +192,12 @@ def read_jsonl(path: str | Path, fields: Fields) -> list[dict]:
 
 
 def read_lines(path: str | Path) -> list[bytes]:
-    """The lines of a file or .xz, without a byte-order mark."""
-    opened = lzma.open if Path(path).suffix == ".xz" else open
+    """The lines of a file, .gz or .xz, without a byte-order mark."""
+    opened = {".gz": gzip.open, ".xz": lzma.open}.get(Path(path).suffix, open)
     try:
         with opened(path, "rb") as file:
             return file.read().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         fail(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})")
 
 

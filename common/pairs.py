@@ -1,14 +1,22 @@
 """Preference pairs: the file format, its checks, how pairs are sampled and labelled, and which are
 held out.
 
-A row is {"prompt", "chosen", "rejected"}, text, as in the Hugging Face preference format; further
-keys are allowed. A response is the prompt's literal continuation (with its leading space). The
-built-in tasks write the same format, with the ids that were sampled beside the texts ("chosen_ids",
-"rejected_ids").
+A row is {"prompt", "chosen", "rejected"}, text; further keys are allowed. A response is its
+prompt's literal continuation (with its leading space). The built-in tasks write the same format,
+with the ids that were sampled beside the texts ("chosen_ids", "rejected_ids"). The other forms of
+the Hugging Face preference format become this one when they are read:
+    no "prompt"       it is the beginning that both texts share, up to its last "\\n\\nAssistant:"
+                      (Anthropic's HH), or else up to where the word begins in which they part
+    message lists     [{"role", "content"}, ...] for chosen and rejected, and for prompt where there
+                      is one; a message of the user is written as "\\n\\nHuman: ...", others as
+                      "\\n\\nAssistant: ..." or "\\n\\nSystem: ..."; a prompt ends with "\\n\\nAssistant:"
 """
 from __future__ import annotations
 
+import json
 import math
+import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Callable, Literal, NamedTuple
@@ -16,13 +24,15 @@ from typing import Callable, Literal, NamedTuple
 import torch
 from tqdm import tqdm
 
-from common import fail
-from common.files import read_jsonl
+from common import fail, short
+from common.files import check_field, read_jsonl
 from common.tokenizer import Tokenizer
 from common.training import autocast, generator, pad
 from model import GPT, Samples, generate
 
 SEED = 1000  # of the samples and labels of the pairs
+TURN = "\n\nAssistant:"
+ROLES = {"system": "\n\nSystem:", "user": "\n\nHuman:", "assistant": TURN}  # how each is written
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -38,12 +48,74 @@ def read_pairs(path: str | Path) -> list[dict]:
     the first bad row."""
     if not Path(path).exists():
         fail(f"{path}: no such pairs file")
-    rows = read_jsonl(path, {"prompt": str, "chosen": str, "rejected": str})
+    rows = read_jsonl(path, {"chosen": (str, list), "rejected": (str, list)})
     for row in rows:
+        where = f"{path}, line {row['line']}"
+        if type(row["chosen"]) is not type(row["rejected"]):
+            fail(f"{where}: one of 'chosen' and 'rejected' is a text, expected two texts or two "
+                 "lists of messages")
+        if isinstance(row["chosen"], list):
+            row |= render_messages(row, where)
+        elif "prompt" in row:
+            check_field(row, "prompt", str, where)
+        else:
+            row |= split_off_prompt(row["chosen"], row["rejected"], where)
         for name in ("chosen", "rejected"):
             if not row[name]:
                 fail(f"{path}, line {row['line']}: field {name!r} is empty, expected a response")
     return rows
+
+
+def split_off_prompt(chosen: str, rejected: str, where: str) -> dict[str, str]:
+    """prompt, chosen and rejected of two texts that begin with the same, unnamed prompt."""
+    prompt = os.path.commonprefix([chosen, rejected])
+    turn = prompt.rfind(TURN)
+    if turn >= 0:
+        prompt = prompt[:turn + len(TURN)]
+    # the texts part inside a word, or one of them ends here: it is the responses' first word
+    elif not (chosen[len(prompt):len(prompt) + 1].isspace()
+              and rejected[len(prompt):len(prompt) + 1].isspace()):
+        prompt = prompt[:re.search(r"\s*\S*\Z", prompt).start()]
+    if not prompt:
+        fail(f"{where}: no field 'prompt', expected one, or 'chosen' and 'rejected' that begin "
+             "with the same words")
+    return {"prompt": prompt, "chosen": chosen[len(prompt):], "rejected": rejected[len(prompt):]}
+
+
+def render_messages(row: dict, where: str) -> dict[str, str]:
+    """prompt, chosen and rejected of two lists of messages, as texts.
+
+    The lists may begin with the messages of the prompt, whether these are there by themselves or
+    not. What both share is the prompt, except for each one's last message.
+    """
+    before = row.get("prompt", [])
+    if isinstance(before, str):
+        before = [{"role": "user", "content": before}]
+    sides = {"prompt": before, "chosen": row["chosen"], "rejected": row["rejected"]}
+    for name, messages in sides.items():
+        for message in messages if isinstance(messages, list) else [None]:
+            if not (isinstance(message, dict) and isinstance(message.get("content"), str)
+                    and message.get("role") in ROLES):
+                fail(f"{where}: field {name!r} has {short(json.dumps(message), 40)} in it, "
+                     f"expected messages with a 'role' ({', '.join(ROLES)}) and a text as "
+                     "'content'")
+    texts = {}
+    for name in ("chosen", "rejected"):
+        messages = sides[name]
+        if messages[:len(before)] != before:
+            messages = before + messages
+        texts[name] = [f"{ROLES[m['role']]} {m['content']}" for m in messages]
+    chosen, rejected = texts["chosen"], texts["rejected"]
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    for name, messages in texts.items():
+        if not (messages and messages[shared].startswith(TURN)):
+            fail(f"{where}: field {name!r}: expected a message of the assistant's behind the "
+                 f"prompt, which has {shared} messages")
+    prompt = "".join(chosen[:shared]) + TURN
+    return {"prompt": prompt, "chosen": "".join(chosen)[len(prompt):],
+            "rejected": "".join(rejected)[len(prompt):]}
 
 
 def encode_pairs(rows: list[dict], tokenizer: Tokenizer, block_size: int,
@@ -123,7 +195,8 @@ def pair_tensors(pairs: list[Pair], pad_id: int) -> PairTensors:
                        lengths.view(2, -1))
 
 
-def split(pairs: list[Pair], draw: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def split(pairs: list[Pair], draw: bool,
+          share: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
     """Numbers of the pairs to train on, and of those held out: all pairs of some prompts, a
     twentieth of the pairs.
 
@@ -133,6 +206,7 @@ def split(pairs: list[Pair], draw: bool) -> tuple[torch.Tensor, torch.Tensor]:
         draw: the prompts that are held out are drawn at random, as a file of somebody's may be
             sorted. Otherwise they are the last ones: pairs that were sampled here come in a random
             order of prompts.
+        share: one pair in so many is held out; more of the fewer pairs in a folder of the user's.
     """
     prompts = [tuple(pair.prompt) for pair in pairs]
     order = list(dict.fromkeys(prompts))
@@ -141,7 +215,7 @@ def split(pairs: list[Pair], draw: bool) -> tuple[torch.Tensor, torch.Tensor]:
         order = [order[i] for i in drawn.tolist()]
     counts = Counter(prompts)
     held: set[tuple[int, ...]] = set()
-    wanted = len(pairs) // 20
+    wanted = len(pairs) // share
     while wanted > 0 and len(held) < len(order) - 1:
         prompt = order[-1 - len(held)]
         held.add(prompt)
@@ -188,6 +262,9 @@ def sampled_responses(model: GPT, tokenizer: Tokenizer, prompts: list[str], samp
     """`samples` responses to every prompt, row after row, as ids (with log-probabilities) and as
     text."""
     ids = [[tokenizer.bos] + row for row in tokenizer.encode_batch(prompts) for _ in range(samples)]
+    room = max_length or model.config.block_size
+    if (longest := max(map(len, ids))) >= room:
+        fail(f"no room for a response: a prompt has {longest} tokens, the block size is {room}")
     draw = generator(seed)
     parts = []
     with tqdm(total=len(ids), desc=description, unit=" responses") as bar:
@@ -196,7 +273,7 @@ def sampled_responses(model: GPT, tokenizer: Tokenizer, prompts: list[str], samp
                 parts.append(
                     generate(model,
                              ids[start:start + 1024],
-                             max_length or model.config.block_size,
+                             room,
                              tokenizer.eos,
                              tokenizer.pad,
                              draw,

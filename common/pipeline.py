@@ -1,7 +1,7 @@
 """What a script starts from: prepared data, SFT policy, gold reward, pairs, reward model, bank.
 Built where it is missing.
 
-    start = pipeline.start(config)    # with start.ref, .tokenizer, .gold, .pairs and .bank
+    start = pipeline.start(config)    # with start.ref, .tokenizer, .reward, .pairs and .bank
 
 Each stage that is missing is printed as the command that a user would type, trained, and reused the
 next time. What is reused knows what it was made from (weights, data, gold reward), and stops by
@@ -14,15 +14,15 @@ import importlib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from common import fail, rewards, settings, tasks, training
+from common import fail, own_data, rewards, settings, tasks, training
 from common.files import read_json_object, read_jsonl, read_lines, sha256, write_json, write_jsonl
 from common.pairs import SEED as PAIRS_SEED
 from common.pairs import (Pair, PairTensors, encode_pairs, read_pairs, sample_pairs,
-                          sampled_responses)
+                          sampled_responses, split)
 from common.rewards import Reward
 from common.run import (check_folder, check_same_task, compare_settings, finished, load_run,
                         load_tensors, save_tensors)
@@ -48,11 +48,24 @@ class Start:
     ref: GPT  # the SFT policy, pi_ref; on the device, in eval mode
     policy_id: str  # fingerprint of its weights
     tokenizer: Tokenizer
-    gold: Reward | None = None
-    bank: Any = None  # evaluate.Bank
+    gold: Reward | None = None  # the task's; None for a folder of the user's files
+    reward: Reward | None = None  # what --reward names
+    measured_by: Reward | None = None  # what policies are evaluated with, if not the gold reward
+    bank: Any = None  # evaluate.Bank, with the rewards of `measure`
     pairs: list[Pair] = field(default_factory=list)
     pairs_file: Path | None = None
     pairs_id: str = ""  # sha256 of that file
+    own_pairs: bool = False  # they are the user's, not sampled here
+
+    @property
+    def measure(self) -> Reward | None:
+        """What policies are evaluated with; None: with the KL alone."""
+        return self.measured_by or self.gold
+
+    def split(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Numbers of the pairs to train on, and of those held out; no prompt is in both."""
+        share = own_data.SHARE if tasks.is_own(self.dataset) else 20
+        return split(self.pairs, self.own_pairs, share)
 
     @property
     def task(self) -> dict[str, str]:
@@ -69,29 +82,63 @@ def start(config: Any, bank: bool = True) -> Start:
 
     Args:
         config: has dataset, preset, dtype, device, sft and out; with a field `pairs` the pairs are
-            read (or sampled), with a field `reward` a function of the user's is tried.
+            read (or sampled), with a field `reward` there is start.reward.
         bank: whether the policy will be evaluated, for which the gold reward and the bank are
             needed.
     """
     use_device(config.device)
     check_folder(config)
-    wants_pairs = hasattr(config, "pairs")
-    own = read_pairs(config.pairs) if wants_pairs and config.pairs else []
-    if rewards.is_own(getattr(config, "reward", "gold")):
-        try_reward(config.reward, config.dataset)
+    wants_pairs, reward_name = hasattr(config, "pairs"), getattr(config, "reward", None)
+    check_own_files(config)
+    own_file = own_pairs_file(config) if wants_pairs else ""
+    own = read_pairs(own_file) if own_file else []
+    if reward_name is not None and rewards.is_own(reward_name):
+        try_reward(reward_name, config.dataset)
 
     begun = load(sft_policy(config.sft, config.dataset, config.preset, config.dtype),
                  config.dataset, config.preset, config.dtype)
     if own:
-        use_pairs(begun, own, Path(config.pairs))
-    if bank or (wants_pairs and not own):
+        use_pairs(begun, own, Path(own_file))
+        begun.own_pairs = True
+    if (bank or (wants_pairs and not own)) and not tasks.is_own(config.dataset):
         begun.gold = gold_reward(begun)
     if wants_pairs and not own:
         path = sampled_pairs(begun, config.labels, config.prompts)
         use_pairs(begun, read_pairs(path), path)
+    if reward_name is not None:
+        begun.reward = reward(config, begun)
     if bank:
-        begun.bank = sample_bank(begun, getattr(config, "bank_samples", 0))
+        # a function of the user's is what they want to see grow; without a gold reward a learned
+        # one is all there is
+        if begun.reward and (rewards.is_own(reward_name) or begun.gold is None):
+            begun.measured_by = begun.reward
+        begun.bank = measured_bank(begun, getattr(config, "bank_samples", 0))
     return begun
+
+
+def own_pairs_file(config: Any) -> str:
+    """The pairs file of the user's that a script's Config asks for: --pairs, or that of a folder
+    of their files. "" where pairs are sampled."""
+    return config.pairs or tasks.own_pairs(config.dataset)
+
+
+def check_own_files(config: Any) -> None:
+    """What only a task with a gold reward can do stops, for a folder of the user's files."""
+    if not tasks.is_own(config.dataset):
+        return
+    reward_name = getattr(config, "reward", None)
+    if reward_name == "gold":
+        no_gold_reward(config.dataset)
+    if getattr(config, "prompts", 0):
+        fail("--prompts: no pairs are sampled for a folder of your own files")
+    if getattr(config, "labels", "bt") != "bt":
+        fail("--labels: pairs of your own are labelled")
+    if reward_name == "model":
+        tasks.own_pairs(config.dataset)
+
+
+def no_gold_reward(dataset: str) -> NoReturn:
+    fail(f"--dataset {dataset}: a folder of your own files has no gold reward")
 
 
 def load(sft: Path, dataset: str, preset: str, dtype: str = "auto") -> Start:
@@ -170,6 +217,8 @@ def gold_reward(start: Start) -> Reward:
     """The task's gold reward. Where that is a model it is trained if it is missing: a classifier of
     the labelled documents, or a reward model of the human comparisons where there are enough (an
     exact reward is a stand-in then)."""
+    if tasks.is_own(start.dataset):
+        no_gold_reward(start.dataset)
     folder = tasks.prepared(start.dataset)
     shared = dict(dataset=start.dataset, preset=start.preset, sft=str(start.sft), dtype=start.dtype,
                   out=str(start.folder / "gold"), resume=True)
@@ -187,6 +236,8 @@ def gold_reward(start: Start) -> Reward:
 def reward(config: Any, start: Start) -> Reward:
     """What --reward names: model (trained on the pairs), gold, a reward model's folder, or
     FILE.py:function."""
+    if start.reward is not None:
+        return start.reward
     if config.reward == "gold":
         return start.gold
     if rewards.is_own(config.reward):
@@ -280,6 +331,19 @@ def reference_logprobs(start: Start, pairs: PairTensors) -> torch.Tensor:
 
 # ---- the bank ------------------------------------------------------------------------------------
 
+def measured_bank(start: Start, samples: int = 0) -> Any:
+    """The bank with the rewards of start.measure: its responses are scored where that is not the
+    gold reward, whose scores are stored with them."""
+    bank = sample_bank(start, samples)
+    if start.measured_by:
+        M, N = bank.lengths.shape
+        texts = [text for responses in bank.responses for text in responses]
+        prompts = [prompt for prompt in bank.prompts for _ in range(N)]
+        bank.rewards = start.measured_by(prompts, texts).view(M, N)
+        bank.gold, bank.column = start.measured_by.name, "reward"
+    return bank
+
+
 def sample_bank(start: Start, samples: int = 0) -> Any:
     """The bank of a runs folder, sampled from the SFT policy if it is missing; bank.jsonl has a row
     a prompt.
@@ -295,8 +359,10 @@ def sample_bank(start: Start, samples: int = 0) -> Any:
     folder = start.folder / (f"bank-{samples}" if samples else "bank")
     path = folder / "bank.jsonl"
     made_of = {"dataset": start.dataset, "prompts": M, "responses": N, "seed": BANK_SEED}
-    built_from = {"policy": start.policy_id, "gold": start.gold.id,
+    built_from = {"policy": start.policy_id,
                   "prompts": tasks.data_id(tasks.prepared(start.dataset), "prompts_test.jsonl")}
+    if start.gold:
+        built_from["gold"] = start.gold.id
     if not is_made(folder, path, made_of, built_from):
         prompts = tasks.prompts(start.dataset, "test")[:M]
         print(f"building what is missing: the bank{about(preset.minutes.get('bank'))}", flush=True)
@@ -310,26 +376,30 @@ def sample_bank(start: Start, samples: int = 0) -> Any:
             N,
             BANK_SEED,
             description=f"bank: {N} responses to {len(prompts)} test prompts")
-        gold = start.gold([prompt for prompt in prompts for _ in range(N)], texts).view(-1,
-                                                                                        N).tolist()
+        gold = None
+        if start.gold:
+            gold = start.gold([prompt for prompt in prompts for _ in range(N)], texts)
+            gold = [[round(r, 6) for r in row] for row in gold.view(-1, N).tolist()]
         lengths = torch.cat([part.lengths - part.prompt_lengths
                              for part in parts]).view(-1, N).tolist()
         write_jsonl(path, ({
-            "prompt": prompt, "rewards": [round(r, 6) for r in gold[i]], "lengths": lengths[i],
+            "prompt": prompt, **({"rewards": gold[i]} if gold else {}), "lengths": lengths[i],
             "responses": texts[i * N:(i + 1) * N]
         } for i, prompt in enumerate(prompts)))
-    return read_bank(path, N, start.gold.name)
+    return read_bank(path, N, start.gold)
 
 
-def read_bank(path: Path, N: int, gold: str) -> Any:
-    """The bank in a file: every row whole, with N finite rewards."""
+def read_bank(path: Path, N: int, gold: Reward | None) -> Any:
+    """The bank in a file: every row whole, with N finite rewards where there is a gold reward."""
     evaluate = importlib.import_module("evaluate")
-    rows = read_jsonl(path, {"prompt": str, "rewards": list, "lengths": list, "responses": list})
+    fields = {"prompt": str, "lengths": list, "responses": list}
+    rows = read_jsonl(path, fields | ({"rewards": list} if gold else {}))
     advice = f"delete {path.parent} to sample the bank again"
     wanted = read_json_object(path.parent / "config.json").get("rows")
     if len(rows) != wanted:
         fail(f"{path}: has {len(rows)} of {wanted} prompts: {advice}")
     for row in rows:
+        row.setdefault("rewards", [0.0] * N)
         numbers = row["rewards"] + row["lengths"]
         if any(not isinstance(x, (int, float)) or not math.isfinite(x) for x in numbers):
             fail(f"{path}, line {row['line']}: a reward or length is no finite number: {advice}")
@@ -337,9 +407,9 @@ def read_bank(path: Path, N: int, gold: str) -> Any:
             fail(f"{path}, line {row['line']}: expected {N} responses with their rewards and "
                  f"lengths: {advice}")
     return evaluate.Bank([row["prompt"] for row in rows],
-                         torch.tensor([row["rewards"] for row in rows]),
+                         torch.tensor([row["rewards"] for row in rows]) if gold else None,
                          torch.tensor([row["lengths"] for row in rows]),
-                         [row["responses"] for row in rows], gold)
+                         [row["responses"] for row in rows], gold.name if gold else "none")
 
 
 def is_made(folder: Path, path: Path, made_of: dict, built_from: dict) -> bool:

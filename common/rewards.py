@@ -125,18 +125,21 @@ def learned_reward(folder: str | Path, task: dict, block_size: int, dtype: str =
               responses: list[str],
               samples: Samples | None = None) -> torch.Tensor:
         if samples is None:
-            return pair_scores(model, tokenizer, prompts, responses)
+            return pair_scores(model, tokenizer, prompts, responses, cut=True)
         return all_scores(model, samples.tokens, samples.lengths, dtype)
 
     return Reward(f"the reward model in {folder}", fingerprint(model.state_dict()), score, model)
 
 
 def pair_scores(model: ScalarModel, tokenizer: Tokenizer, prompts: list[str],
-                responses: list[str]) -> torch.Tensor:
+                responses: list[str], cut: bool = False) -> torch.Tensor:
     """A pairwise reward model's score of each response, (B,), encoded as in training: <bos> prompt
-    response <eos>."""
+    response <eos>. With `cut`, one that fills the block was sampled and cut there, without <eos>.
+    """
     encoded = zip(tokenizer.encode_batch(prompts), tokenizer.encode_batch(responses))
     rows = [[tokenizer.bos] + prompt + response + [tokenizer.eos] for prompt, response in encoded]
+    if cut:
+        rows = [row[:model.config.block_size] for row in rows]
     tokens, lengths = pad(rows, tokenizer.pad)
     if int(lengths.max()) > model.config.block_size:
         fail(f"a prompt and response have {int(lengths.max())} tokens, the block size of the "

@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import functools
 import inspect
+import os
 import re
 import shlex
 import signal
@@ -48,6 +49,8 @@ def settings(cls: type) -> type:
     @functools.wraps(plain_init)
     def init(self: Any, *values: Any, **given: Any) -> None:
         given |= dict(zip(names, values))
+        if "dataset" in given and tasks.is_own(given["dataset"]):
+            given["dataset"] = own_name(given["dataset"])  # qa/ and ./qa are qa
         plain_init(self, **{**task_defaults(cls, given), **given})
 
     cls.__init__ = init
@@ -117,8 +120,16 @@ def differences(config: Any) -> str:
 # ---- folders -------------------------------------------------------------------------------------
 
 def runs_folder(dataset: str, preset: str) -> Path:
-    """Where the runs of a dataset and preset go: runs/reviews, runs/imdb, runs/imdb-gpu."""
-    return Path("runs") / (dataset if preset == "cpu" else f"{dataset}-{preset}")
+    """Where the runs of a dataset and preset go: runs/reviews, runs/imdb-gpu; runs/my-qa for the
+    folder my/qa."""
+    name = label("", dataset)[1:] if tasks.is_own(dataset) else dataset
+    return Path("runs") / (name if preset == "cpu" else f"{name}-{preset}")
+
+
+def own_name(dataset: str) -> str:
+    """The one name of a folder of the user's files, so that a run is found again by it."""
+    name = os.path.normpath(dataset)
+    return name if tasks.is_own(name) else os.path.join(".", name)
 
 
 def runs_of(sft: str | Path) -> Path:

@@ -2,7 +2,8 @@
 
 A task is a folder of data/. Its __init__.py holds TASK: the gold reward, and every size and setting
 that the task has of its own. Its prepare.py has prepare(out=FOLDER), which makes the folder
-data/<task>/prepared/. Nothing else names a task.
+data/<task>/prepared/. Nothing else names a task. A folder of your own files is a task, too, see
+common/own_data.py.
 
 A prepared folder holds, all of it text that a person can read:
     train, test (and valid) .jsonl    documents, {"text"}; "prompt" beside it where the text answers
@@ -66,15 +67,37 @@ class Task:
     # report it
     real: bool = False  # its texts are other people's words: samples that are kept name a prompt by
     # its id
+    folder: Path | None = None  # of the user's own files; such a task has no gold reward
+
+
+def is_own(dataset: str) -> bool:
+    """Whether --dataset names a folder of the user's files: a path with a slash, or a folder that
+    is no task."""
+    if "/" in dataset or os.sep in dataset:
+        return True
+    return not (ROOT / "data" / dataset / "prepare.py").exists() and Path(dataset).is_dir()
+
+
+def own_pairs(dataset: str) -> str:
+    """The pairs file of a folder of the user's; "" where the task's pairs are sampled."""
+    if not is_own(dataset):
+        return ""
+    path = Path(dataset) / "pairs.jsonl"
+    if not path.exists():
+        fail(f"--dataset {dataset}: no pairs.jsonl in it to learn from; or give --pairs FILE")
+    return str(path)
 
 
 def load(dataset: str) -> Task:
-    """The TASK of a folder of data/; one that is not there stops with those that are."""
+    """The TASK of a folder of data/, or of the user's own; one that is not there stops with those
+    that are."""
+    if is_own(dataset):
+        return importlib.import_module("common.own_data").task(Path(dataset))
     folder = ROOT / "data" / dataset
     if not (folder / "prepare.py").exists():
         known = sorted(path.parent.name for path in (ROOT / "data").glob("*/prepare.py"))
         fail(f"--dataset {dataset}: there is no data/{dataset}/prepare.py (known: "
-             f"{', '.join(known)})")
+             f"{', '.join(known)}), and no folder of that name")
     task = getattr(importlib.import_module(f"data.{dataset}"), "TASK", None)
     if not isinstance(task, Task):
         fail(f"data/{dataset}/__init__.py: no TASK there; see common/tasks.py")
@@ -84,7 +107,8 @@ def load(dataset: str) -> Task:
 def load_preset(dataset: str, preset: str) -> Preset:
     presets = load(dataset).presets
     if preset not in presets:
-        fail(f"--preset {preset}: data/{dataset} has no such preset (known: {', '.join(presets)})")
+        where = dataset if is_own(dataset) else f"data/{dataset}"
+        fail(f"--preset {preset}: {where} has no such preset (known: {', '.join(presets)})")
     return presets[preset]
 
 
@@ -150,8 +174,13 @@ def check_prepared(folder: Path) -> dict | None:
 
 def prepared(dataset: str) -> Path:
     """The prepared folder of a dataset, checked; data/<dataset>/prepare.py makes it if it is
-    missing."""
+    missing, or that of a folder of the user's is made of the files in it."""
     load(dataset)
+    if is_own(dataset):
+        with one_writes() as writer:
+            if writer:
+                importlib.import_module("common.own_data").prepare(Path(dataset))
+        return Path(dataset) / "prepared"
     folder = ROOT / "data" / dataset / "prepared"
     if not check_prepared(folder):
         print(f"building what is missing: python data/{dataset}/prepare.py")

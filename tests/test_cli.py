@@ -208,7 +208,7 @@ BAD_PAIRS = {  # content of the file: what the message says behind its name
     "nested": (lines(b"[" * 100_000), ", line 1: not JSON ("),
     "a key twice": (b'{"prompt": "a", "chosen": "b", "rejected": "c", "chosen": "d"}\n', ", line 1: not JSON (the key 'chosen' is"),
     "half a surrogate": (b'{"prompt": "a", "chosen": "b\\ud800", "rejected": "c"}\n', ", line 1: field 'chosen' has half a"),
-    "array": (lines(["a", "b"]), ", line 1: expected a JSON object with prompt, chosen, rejected"),
+    "array": (lines(["a", "b"]), ", line 1: expected a JSON object with chosen, rejected"),
     "whole file": (json.dumps([ROW], indent=1).encode(), ", line 1: not JSON ("),
     "empty response": (lines(ROW, {**ROW, "rejected": ""}), ", line 2: field 'rejected' is empty"),
     "empty file": (b"", ": empty, expected"),
