@@ -35,6 +35,15 @@ from data.reviews.grammar import gold_reward, sample_review  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 
+LONG = ["test_processes", "test_faults", "test_frontier", "test_cli", "test_ppo", "test_imdb", "test_evaluate", "test_tldr"]
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """The files that take longest first: each is run by one process, and neither should wait for the other's last one. Those
+    with processes of their own wait for them now and then, and meanwhile the other process has something to do."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 @pytest.fixture(autouse=True)
 def signals():
     """Ctrl-C and SIGTERM do what they usually do, here and in what a test starts: a shell that starts pytest in the
