@@ -16,6 +16,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # everything here is tiny; see pytest.ini
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # expectations are computed on the CPU, so the code under test is run there, too
 
+os.fsync = lambda file: None  # there is no power cut here, and thousands of small files would wait for the disk
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
