@@ -43,7 +43,7 @@ def letters(prompts, responses):
 DRIVER = """
 import json, os, sys
 from pathlib import Path
-import torch, torch._dynamo, torch.distributed.fsdp
+import torch._dynamo
 copies = []
 for rank in range(1, int(os.environ.get("FORKS", 1))):
     copies.append(os.fork())
@@ -216,12 +216,12 @@ def test_one_that_dies_ends_the_others(root, work):
 
 
 def test_what_all_die_of_is_said_once(root, work):
-    """Such as a batch that cannot be shared."""
-    command = commands(work, "refused", "--batch-size", "5", "--shard", only="dpo")["dpo"]
+    """Such as a folder that holds another run."""
+    command = commands(work, "one", "--batch-size", "5", only="dpo")["dpo"]
     process = torchrun(2, root / "dpo.py", *command, cwd=work)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and re.findall(r"^.*error: .*$", errors, flags=re.M) == [
-        "error: 5 rows cannot be shared by 2 processes equally, as --shard needs"]
+    said, = re.findall(r"^.*error: .*$", errors, flags=re.M)
+    assert process.returncode == 1 and said.startswith("error: one/dpo was made with other settings: batch_size was 6, now 5")
 
 
 SMALL_STEP = "--only dpo --layers 1 --heads 2 --embd 8 --vocab 50 --batch 4 --prompt 3 --comp 5 --steps 2".split()
@@ -259,6 +259,11 @@ def test_shares_are_all_rows_once_and_their_gradients_add_up(world, monkeypatch)
     assert torch.cat(shares).sort().values.tolist() == rows.tolist()
     monkeypatch.setattr(processes, "WORLD", 8)
     with pytest.raises(SystemExit, match="^error: 7 rows cannot be shared by 8 processes$"):
+        mine(rows)
+    monkeypatch.setattr(processes, "WORLD", 6)
+    mine(rows)
+    monkeypatch.setattr(processes, "sharded", True)
+    with pytest.raises(SystemExit, match="^error: 7 rows cannot be shared by 6 processes equally, as --shard needs$"):
         mine(rows)
     monkeypatch.undo()
 
