@@ -240,8 +240,7 @@ def test_another_seed_is_another_result(stage, root, work, tmp_path):
 
 def interrupted_sft(root: Path, work: Path, tmp_path: Path, monkeypatch, steps: int = 9) -> tuple[Path, list]:
     """An SFT run that stopped after `steps` steps, with a checkpoint of each; and the command that goes on with it."""
-    folder, count = tmp_path / "run", 0
-    save = save_checkpoint
+    count, save = 0, save_checkpoint
 
     def save_some(path, state):
         nonlocal count
@@ -250,12 +249,19 @@ def interrupted_sft(root: Path, work: Path, tmp_path: Path, monkeypatch, steps: 
         if count == steps:
             raise Stopped
 
-    command = [*arguments("sft", work), "--out", folder, *EVERY_STEP]
+    command = [*arguments("sft", work), "--out", "run", *EVERY_STEP]
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "save_checkpoint", save_some)
         with pytest.raises(Stopped):
             clone.run_here(root, tmp_path, "sft", *command)
-    return folder, [*command, "--resume"]
+    return tmp_path / "run", [*command, "--resume"]
+
+
+@pytest.fixture(scope="module")
+def stopped_at_25(root, work, tmp_path_factory) -> tuple[Path, list]:
+    """Such a run, and that command; to be copied."""
+    with pytest.MonkeyPatch.context() as patch:
+        return interrupted_sft(root, work, tmp_path_factory.mktemp("stopped"), patch, steps=25)
 
 
 def test_the_checkpoint_before_is_kept(tmp_path):
@@ -341,10 +347,12 @@ def test_a_flipped_byte_in_a_model_is_noticed(root, work, tmp_path):
     assert said == "error: sft/model.pt: cannot be read (its checksum does not fit)"
 
 
-def resumable(root, work, tmp_path, monkeypatch) -> tuple[Path, list]:
-    folder, resume = interrupted_sft(root, work, tmp_path, monkeypatch, steps=25)
+@pytest.fixture
+def resumable(stopped_at_25, tmp_path) -> tuple[Path, list]:
+    """A copy of it, as ./run."""
+    folder = shutil.copytree(stopped_at_25[0], tmp_path / "run")
     assert [row["step"] for row in log(folder)] == [0, 10, 20]
-    return folder, resume
+    return folder, stopped_at_25[1]
 
 
 def change_checkpoint(folder: Path, **changes) -> None:
@@ -369,9 +377,9 @@ BAD_STATES = {  # what has happened to the folder of a stopped run: what is said
 
 
 @pytest.mark.parametrize("case", BAD_STATES)
-def test_a_folder_that_is_not_as_it_was_left_stops_in_one_line(case, root, work, tmp_path, monkeypatch):
+def test_a_folder_that_is_not_as_it_was_left_stops_in_one_line(case, root, resumable, tmp_path):
     """Nothing is taken as it is, and nothing more is lost: the run can still be rescued by hand."""
-    folder, resume = resumable(root, work, tmp_path, monkeypatch)
+    folder, resume = resumable
     damage, expected = BAD_STATES[case]
     damage(folder)
     before = tree(folder)
@@ -380,8 +388,8 @@ def test_a_folder_that_is_not_as_it_was_left_stops_in_one_line(case, root, work,
     assert tree(folder) == before
 
 
-def test_rows_after_the_checkpoint_are_logged_again_and_what_is_broken_there_does_not_matter(root, work, tmp_path, monkeypatch):
-    folder, resume = resumable(root, work, tmp_path, monkeypatch)
+def test_rows_after_the_checkpoint_are_logged_again_and_what_is_broken_there_does_not_matter(root, work, resumable, tmp_path):
+    folder, resume = resumable
     with (folder / "log.jsonl").open("ab") as file:
         file.write(b'{"step": 30, "loss": 9}\ngarbage}\n{"step": 4')
     assert clone.run_here(root, tmp_path, "sft", *resume) == 0

@@ -219,9 +219,9 @@ def seen(monkeypatch):
 
 
 def test_the_script_reaches_the_optimum(small_run, toy):
-    """99% of what can be gained of E[r] - beta KL over the reference, every expectation a sum over all responses. Other seeds
-    get 99.7 to 99.96%."""
-    log, folder = small_run("--batch-size 240 --samples 2 --epochs 4 --lr 1e-2 --warmup 30 --sft short/sft --steps 100 "
+    """99% of what can be gained of E[r] - beta KL over the reference, every expectation a sum over all responses. Seeds 0 to 2
+    get 99.7, 99.9 and 99.8%."""
+    log, folder = small_run("--batch-size 240 --samples 2 --epochs 4 --lr 1e-2 --warmup 15 --sft short/sft --steps 60 "
                             "--beta 0.5 --value-lr 1e-2 --micro-batch-size 480")
     assert share_of_what_can_be_gained(log, folder, toy[1]) > 0.99
 

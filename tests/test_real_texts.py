@@ -40,23 +40,28 @@ def test_rows_of_a_real_task_hold_ids_own_words_and_numbers(path):
             assert all(name in OWN | PLAIN or isinstance(value, (int, float)) for name, value in row.items())
 
 
-def shingles(text: str) -> set[tuple[str, ...]]:
+def shingles(text: str, length: int = WORDS, step: int = 1) -> set[tuple[str, ...]]:
     words = text.lower().split()
-    return {tuple(words[i:i + WORDS]) for i in range(len(words) - WORDS + 1)}
+    return {tuple(words[i:i + length]) for i in range(0, len(words) - length + 1, step)}
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="PREFERENCE_DATA names no folder with tldr/")
 def test_no_committed_file_quotes_a_post():
     """No twelve words in a row of a post, title or summary stand in any committed text file."""
     ours: dict[tuple[str, ...], Path] = {}
+    halves = set()  # for speed: wherever twelve words in a row are the same, so is one of the text's 1st, 2nd, 3rd, ... six
     for path in committed():
         if path.suffix in (".md", ".jsonl", ".json", ".txt", ".py"):
             text = path.read_text(encoding="utf-8").replace("\\n", " ").replace('\\"', '"')
             ours |= dict.fromkeys(shingles(text), path)
+            halves |= shingles(text, WORDS // 2)
     for path in DATA.glob("*.jsonl.xz"):
         for row in read_jsonl(path, {"post": str, "title": str}):
             for field in ("post", "title", "summary"):
-                quoted = shingles(row.get(field) or "") & ours.keys()
+                text = row.get(field) or ""
+                if halves.isdisjoint(shingles(text, WORDS // 2, WORDS // 2)):
+                    continue
+                quoted = shingles(text) & ours.keys()
                 # what a policy repeats of a post it was asked to summarise it has learned to say; a file of ours must not
                 quoted = {words for words in quoted if "samples" not in ours[words].name}
                 assert not quoted, (ours[next(iter(quoted))], " ".join(next(iter(quoted))))

@@ -273,6 +273,8 @@ def test_a_sweep_stops_and_goes_on(sweep, capsys):
 
     rows = sweep()
     assert sweep.trained == NAMES
+    assert all(row["steps"] == 5 for row in rows)
+    assert (sweep.folder.parent / "sft-1x16/model.pt").exists()  # beside the user's policy
     assert [f"{row['size']}-{row['count']}-seed{row['seed']}" for row in rows] == NAMES
     shown = capsys.readouterr().out
     assert "60 pairs of 20 prompts to train on, 60 pairs of 20 held out" in shown
@@ -336,17 +338,14 @@ def test_what_a_row_says(sweep, pairs):
     assert len(trained) == 20 and not trained & {row["prompt"] for row in held}
 
 
-def test_steps_are_those_asked_for(sweep):
+def test_steps_are_counted_without_the_prompts_that_are_held_out():
     """reward_model.py holds out whole prompts: of 40 pairs, 3 a prompt, it trains on 37, not 38."""
     rows = [{"prompt": str(i // 3), "chosen": "a", "rejected": "b"} for i in range(40)]
     assert trained_on(rows) == 37
-    assert all(row["steps"] == 5 for row in sweep())
 
 
 def test_policies_of_other_sizes_are_those_of_sft(sweep, small_reviews, tmp_path):
-    """Beside a policy of the user's; else where `python sft.py --n-layer 1 ...` puts them."""
-    sweep()
-    assert (tmp_path / "runs/sft-1x16/model.pt").exists()
+    """Beside a policy of the user's, as above; else where `python sft.py --n-layer 1 ...` puts them."""
     shutil.copytree(tmp_path / "runs/sft", tmp_path / "runs/reviews/sft")
     start = pipeline.load(Path("runs/reviews/sft"), "reviews", "cpu")
     policy = scaling.make_policy(scaling.Config(dataset="reviews"), start, "1x40")
