@@ -1,53 +1,22 @@
 """A task is one folder: one is added in a temporary clone, and the scripts run on it. And what a task must say of itself."""
 import json
+import re
 
 import pytest
 
 import clone
 from common import settings, tasks
 
-INIT = '''"""Colours: a text is as good as it is red."""
-from common.tasks import Preset, Task
-
-
-def gold_reward(text):
-    return min(1.0, text.count("red") / 4)
-
-
-TASK = Task(labels="bt", label_scale=5.0, gold_reward=gold_reward, presets={"cpu": Preset(
-    pair_prompts=20, pair_samples=4, bank_prompts=6, bank_samples=8, evaluate_every={"sft": 5, "dpo": 5, "ppo": 5, "reinforce": 5},
-    settings={"sft": dict(n_layer=1, n_head=2, n_embd=32, block_size=24, steps=60, batch_size=8, warmup=5, lr=2e-2),
-              "dpo": dict(batch_size=8, warmup=2, lr=7e-4)})})
-'''
-PREPARE = '''import random
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from common.files import write_jsonl
-from common.tasks import publish
-from common.tokenizer import train_bpe
-
-OUT = Path(__file__).resolve().parent / "prepared"
-
-
-def prepare(out=OUT):
-    def write(folder):
-        rng = random.Random(0)
-        lines = [" ".join(rng.choices(["red", "green", "blue"], k=rng.randint(4, 9))) for _ in range(300)]
-        train_bpe(lines, 280).save(folder / "tokenizer.tiktoken")
-        prompts = [{"prompt": f"{i % 97} {line.split()[0]}"} for i, line in enumerate(lines)]
-        for name, rows in {"train": [{"text": line} for line in lines[:250]], "test": [{"text": line} for line in lines[250:]],
-                           "prompts_train": prompts[:80], "prompts_test": prompts[80:90]}.items():
-            write_jsonl(folder / f"{name}.jsonl", rows)
-        return {"rows": 300}
-    return publish(out, "colours", write)
-
-
-if __name__ == "__main__":
-    prepare()
-'''
+PAGE = (clone.ROOT / "docs" / "your_own.md").read_text(encoding="utf-8")
+INIT, PREPARE = re.findall(r"`data/colours/\w+.py`:\n\n```python\n(.*?)```", PAGE, flags=re.S)  # the page's own example
+SMALLER = {  # and what is smaller here
+    "pair_prompts=600, pair_samples=4, bank_prompts=64, bank_samples=64":
+        "pair_prompts=20, pair_samples=4, bank_prompts=6, bank_samples=8",
+    "dict(steps=200, block_size=48)})":
+        'dict(n_layer=1, n_head=2, n_embd=32, block_size=48, steps=60, batch_size=8, warmup=5, lr=2e-2), '
+        '"dpo": dict(batch_size=8, warmup=2, lr=7e-4)})',
+    "range(3000)": "range(600)",
+}
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +24,22 @@ def colours(tmp_path_factory):
     """A clone with one task more, and a working folder."""
     root = clone.make(tmp_path_factory.mktemp("clone"))
     (root / "data/colours").mkdir()
-    (root / "data/colours/__init__.py").write_text(INIT)
-    (root / "data/colours/prepare.py").write_text(PREPARE)
+    init, prepare = INIT, PREPARE
+    for whole, small in SMALLER.items():
+        assert (init + prepare).count(whole) == 1, whole
+        init, prepare = init.replace(whole, small), prepare.replace(whole, small)
+    (root / "data/colours/__init__.py").write_text(init)
+    (root / "data/colours/prepare.py").write_text(prepare)
     return root, tmp_path_factory.mktemp("work")
 
 
+def share_of_red(text):
+    named = re.findall(r"\b(?:red|orange|yellow|green|blue|violet|grey|brown)\b", text.replace(".", " "))
+    return sum(colour == "red" for colour in named) / len(named) if named else 0.0
+
+
 def test_a_task_is_one_folder(colours):
-    """python dpo.py --dataset colours, with nothing but that folder: data, SFT, pairs, bank, DPO, in the task's own settings; and
+    """The page's example: python dpo.py --dataset colours, with nothing but that folder: data, SFT, pairs, bank, DPO, in the task's own settings; and
     the gold reward of the table is the folder's."""
     root, work = colours
     process = clone.start(root, "dpo", "--dataset", "colours", cwd=work)
@@ -73,7 +51,7 @@ def test_a_task_is_one_folder(colours):
     assert (config["lr"], config["batch_size"], config["labels"]) == (7e-4, 8, "bt")
     for line in (work / "runs/colours/bank/bank.jsonl").read_text().splitlines():
         row = json.loads(line)
-        expected = [min(1.0, (row["prompt"] + text).count("red") / 4) for text in row["responses"]]
+        expected = [share_of_red(row["prompt"] + text) for text in row["responses"]]
         assert row["rewards"] == pytest.approx(expected, abs=1e-6)
 
 
@@ -81,10 +59,11 @@ def test_a_reward_that_was_edited_is_noticed(colours):
     """The first thing that a researcher changes: from red to blue. Nothing that was made with the old one passes for new."""
     root, work = colours
     path = root / "data/colours/__init__.py"
-    path.write_text(INIT.replace('"red"', '"blue"'))
+    before = path.read_text()
+    path.write_text(before.replace('"red"', '"blue"'))
     process = clone.start(root, "dpo", "--dataset", "colours", "--beta", "0.2", cwd=work)
     _, errors = process.communicate(timeout=120)
-    path.write_text(INIT)
+    path.write_text(before)
     assert process.returncode == 1 and "pairs-bt was made with other settings: gold was" in errors
 
 
