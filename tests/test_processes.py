@@ -39,8 +39,8 @@ def letters(prompts, responses):
     return [sum(map(response.count, "aeiou")) / 10 - len(response) / 100 for response in responses]
 """
 ONE_THREAD = {**clone.environment(), "OMP_NUM_THREADS": "1", "WITHOUT_COMPILER": ""}
-# runs scripts, one after another, in the processes that torchrun starts; or, which is as many seconds less for each as torch and
-# its compiler take to be imported, in FORKS copies of itself
+# runs scripts, one after another, in the processes that torchrun starts; or in FORKS copies of itself, which spares each of
+# them the import of torch and of its compiler
 DRIVER = """
 import json, os, sys
 from pathlib import Path
