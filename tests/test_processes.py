@@ -38,9 +38,14 @@ def letters(prompts, responses):
         file.write("called\\n")
     return [sum(map(response.count, "aeiou")) / 10 - len(response) / 100 for response in responses]
 """
+<<<<<<< HEAD
 ONE_THREAD = {**clone.environment(), "OMP_NUM_THREADS": "1", "WITHOUT_COMPILER": ""}
 # runs scripts, one after another, in the processes that torchrun starts; or in FORKS copies of itself, which spares each of
 # them the import of torch and of its compiler
+=======
+# runs scripts, one after another, in the processes that torchrun starts; or, which is as many seconds less for each as torch and
+# its compiler take to be imported, in FORKS copies of itself
+>>>>>>> parent of 7ee5ab7 (Tests: processes that clone.py starts do without torch's compiler (a second of CPU for each of ten that train))
 DRIVER = """
 import json, os, sys
 from pathlib import Path
@@ -92,7 +97,7 @@ def torchrun(world: int, *command: str, cwd: Path) -> subprocess.Popen:
     """`torchrun --nproc-per-node world`, or python for one, with one thread each, in a group of processes of its own."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
     return subprocess.Popen([sys.executable, *launcher, *map(str, command)], cwd=cwd, text=True, start_new_session=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ONE_THREAD)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**clone.environment(), "OMP_NUM_THREADS": "1"})
 
 
 def launch(root: Path, work: Path, world: int, stages: dict[str, list[str]]) -> None:
@@ -101,7 +106,7 @@ def launch(root: Path, work: Path, world: int, stages: dict[str, list[str]]) -> 
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]  # one that is free
     torchruns = {"WORLD_SIZE": world, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    environment = {**ONE_THREAD, "FORKS": str(world), **{k: str(v) for k, v in torchruns.items()}}
+    environment = {**clone.environment(), "OMP_NUM_THREADS": "1", "FORKS": str(world), **{k: str(v) for k, v in torchruns.items()}}
     done = subprocess.run([sys.executable, work / "driver.py", clone.ROOT, root, work, json.dumps(stages)], cwd=work, text=True,
                           capture_output=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -2,19 +2,8 @@
 
 Python imports a module of this name at its start wherever this folder is on PYTHONPATH, so the processes that the tests
 start are cut off as well; conftest.py runs it for the tests themselves.
-
-And no compiler in what clone.py starts: the first step of an optimizer imports torch._dynamo, which takes as long as importing
-torch, only to say that nothing is compiled. (torch.distributed does need it.)
 """
-import os
 import socket
-import sys
-import types
-
-if os.environ.get("WITHOUT_COMPILER"):
-    compiler = sys.modules["torch._dynamo"] = types.ModuleType("torch._dynamo")
-    compiler.graph_break = lambda: None
-    compiler.disable = lambda function, *_, **__: function
 
 
 def local(host) -> bool:
