@@ -1,7 +1,7 @@
 """How good is a policy? Gold reward, KL to the reference, share of the optimum, best-of-n, win
 rates, samples.
 
-    python evaluate.py RUN [RUN ...]    # compares finished policies of one task; half a minute
+    python evaluate.py RUN [RUN ...]    # compares finished policies of one task; some seconds
     python evaluate.py RUN --reward FILE.py:function    # by a reward of yours
 
 Every method here maximises  E[r(x, y)] - beta KL(pi || pi_ref)  (Rafailov et al. 2023, Eq. 3),
