@@ -37,6 +37,7 @@ LONGEST_DOCUMENT = 256  # tokens; a longer one is cut there
 ROOM = 32  # tokens for a response to a prompt, at least
 MIN_STEPS = 60  # of training on pairs, by reading few of them several times
 MAX_EPOCHS = 10
+MANY_PAIRS = 2000  # for which the settings of the built-in tasks will do
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ def read(folder: Path) -> Contents:
 
 def on_pairs(pairs: int) -> dict:
     """Settings of a script that learns from so many pairs."""
-    batch_size = 32 if pairs >= 2000 else 16
+    batch_size = 32 if pairs >= MANY_PAIRS else 16
     epochs = min(MAX_EPOCHS, max(1, round(MIN_STEPS * batch_size / pairs)))
     return dict(batch_size=batch_size, epochs=float(epochs),
                 warmup=max(1, round(epochs * pairs / batch_size / 10)))  # a tenth of the steps
@@ -234,7 +235,8 @@ def task(folder: Path) -> Task:
     while samples < 64 and samples * sizes["prompts_train"] < 128:
         samples *= 2
     pairs = on_pairs(sizes["pairs_train"]) if sizes["pairs_train"] else {}
-    steps = min(2000, max(300, sizes["train"] * 20 // 32))  # 20 passes, where they are few
+    # eight passes: with twenty, a few hundred documents are learned by heart
+    steps = min(2000, max(100, sizes["train"] * 8 // 32))
     return Task(labels="bt", label_scale=1.0, gold_reward=None, folder=folder, presets={
         "cpu": Preset(
             pair_prompts=0, pair_samples=0,
@@ -244,7 +246,8 @@ def task(folder: Path) -> Task:
                 "sft": dict(block_size=sizes["block_size"], steps=steps, warmup=steps // 10),
                 "sft chosen": dict(steps=max(MIN_STEPS, sizes["pairs_train"] // 32), lr=5e-4,
                                    warmup=MIN_STEPS // 10),
-                "dpo": pairs,
+                # gentler than the built-in tasks': an SFT policy of so few texts soon falls apart
+                "dpo": pairs | (dict(lr=1e-4) if sizes["pairs_train"] < MANY_PAIRS else {}),
                 "reward_model": pairs,
                 "ppo": dict(batch_size=128, samples=samples),
                 "reinforce": dict(batch_size=128, samples=max(4, samples)),
