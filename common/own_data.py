@@ -210,10 +210,19 @@ def contents(folder: Path, _: tuple) -> Contents:
                      "block_size": block}, left_out)
 
 
+def state_of(path: Path) -> tuple:
+    """What changes when a file is written."""
+    return path, path.stat().st_size, path.stat().st_mtime_ns
+
+
 def read(folder: Path) -> Contents:
-    state = tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns)
-                  for path in files_of(folder))
-    return contents(folder, state)
+    return contents(folder, tuple(state_of(path) for path in files_of(folder)))
+
+
+@functools.lru_cache
+def checksum(path: Path, *_: int) -> str:
+    """A file's sha256; settings are asked for many times in a run, and files may be large."""
+    return sha256(path)
 
 
 # ---- the task, and its prepared folder -----------------------------------------------------------
@@ -264,7 +273,7 @@ def check_sources(folder: Path) -> dict | None:
     meta = read_json_object(prepared / "meta.json", "sources", "sizes")
     now = {path.name: path for path in files_of(folder)}
     for name in sorted(now.keys() | meta["sources"].keys()):
-        if name not in now or sha256(now[name]) != meta["sources"].get(name):
+        if name not in now or checksum(*state_of(now[name])) != meta["sources"].get(name):
             how = ("is new" if name not in meta["sources"] else
                    "has changed" if name in now else "is gone")
             fail(f"{folder / name}: {how} since {prepared} was made: delete {prepared} to prepare "
