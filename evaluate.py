@@ -559,7 +559,7 @@ if __name__ == "__main__":
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="+", help="folders of finished runs: sft, dpo, ...")
     parser.add_argument("--reward", default="",
-                        help="FILE.py:function, or a reward model's run, in place of the gold reward")
+                        help="FILE.py:function or a reward model's run, in place of the gold one")
     parser.add_argument("--device", choices=get_args(Device), default="auto",
                         help="where it is computed; auto = CUDA where there is one, else the CPU")
     given = parser.parse_args()
