@@ -402,6 +402,7 @@ def main(config: Config) -> None:
     """Ask until the person stops, or report."""
     use_device(config.device)
     check_writable(config.out)
+    pipeline.require_gold(config.dataset)
     start = pipeline.load(
         pipeline.sft_policy(config.sft, config.dataset, config.preset, config.dtype),
         config.dataset, config.preset, config.dtype)

@@ -220,7 +220,8 @@ def talk(given: argparse.Namespace) -> None:
 
     if given.prompt is not None:  # before a gold reward is trained that is missing
         check("--prompt", given.prompt)
-    start.gold = pipeline.gold_reward(start)
+    if not tasks.is_own(start.dataset):
+        start.gold = pipeline.gold_reward(start)
     require(not given.optimum or start.gold is not None, "--optimum: the task has no gold reward")
     bank = None
     if given.optimum and (start.folder / "bank" / "bank.jsonl").exists():

@@ -56,13 +56,12 @@ def read_pairs(path: str | Path) -> list[dict]:
                  "lists of messages")
         if isinstance(row["chosen"], list):
             row |= render_messages(row, where)
-        elif "prompt" in row:
-            check_field(row, "prompt", str, where)
-        else:
+        elif "prompt" not in row:
             row |= split_off_prompt(row["chosen"], row["rejected"], where)
-        for name in ("chosen", "rejected"):
-            if not row[name]:
-                fail(f"{path}, line {row['line']}: field {name!r} is empty, expected a response")
+        for name in ("prompt", "chosen", "rejected"):
+            check_field(row, name, str, where)
+            if not row[name] and name != "prompt":
+                fail(f"{where}: field {name!r} is empty, expected a response")
     return rows
 
 
@@ -93,9 +92,9 @@ def render_messages(row: dict, where: str) -> dict[str, str]:
         before = [{"role": "user", "content": before}]
     sides = {"prompt": before, "chosen": row["chosen"], "rejected": row["rejected"]}
     for name, messages in sides.items():
-        for message in messages if isinstance(messages, list) else [None]:
+        for message in messages if isinstance(messages, list) else [messages]:
             if not (isinstance(message, dict) and isinstance(message.get("content"), str)
-                    and message.get("role") in ROLES):
+                    and message.get("role") in [*ROLES]):  # a role that is a list has no hash
                 fail(f"{where}: field {name!r} has {short(json.dumps(message), 40)} in it, "
                      f"expected messages with a 'role' ({', '.join(ROLES)}) and a text as "
                      "'content'")

@@ -168,15 +168,6 @@ def test_reward_and_log_ratio_by_their_definition(temperature, work):
     assert temperature == 0 or len({response.cut for response in found}) == 2
 
 
-def test_a_task_without_a_gold_reward(root, work, capsys, monkeypatch):
-    """The column is not there, and there is no optimum to show."""
-    monkeypatch.setattr(pipeline, "gold_reward", lambda start: None)
-    shown = said(root, work, capsys, "runs/reviews/other", "--prompt", PROMPT, "--n", "2")
-    assert "gold" not in shown and len(re.findall(r"^ [12] +[+-]\d+\.\d\d  other ", shown, flags=re.M)) == 2
-    assert clone.run_here(root, work, "sample", "runs/reviews/other", "--prompt", PROMPT, "--optimum", "1") == \
-        "error: --optimum: the task has no gold reward"
-
-
 def test_the_reference_is_that_of_the_runs(root, work, capsys):
     """An SFT policy of another name is its own, or takes that of the run beside it; --sft names any."""
     shutil.copytree(work / "runs/reviews/sft", work / "mine/policy", dirs_exist_ok=True)
