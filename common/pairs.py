@@ -124,10 +124,10 @@ def encode_pairs(rows: list[dict], tokenizer: Tokenizer, block_size: int,
     Identical pairs are dropped and counted: their loss is ln 2 with gradient zero, but Adam divides
     rounding noise by rounding noise and would still move the weights.
 
-    Raises SystemExit with file and line if prompt and response do not fit into block_size: cutting
+    Raises SystemExit with file and lines if prompt and response do not fit into block_size: cutting
     a response would change what was preferred.
     """
-    pairs, identical = [], 0
+    pairs, identical, misfits = [], 0, []
     encoded = {
         name: tokenizer.encode_batch([row[name] for row in rows])
         for name in ("prompt", "chosen", "rejected")
@@ -147,13 +147,17 @@ def encode_pairs(rows: list[dict], tokenizer: Tokenizer, block_size: int,
                 length = len(encoded[name][i])
                 ids = (encoded[name][i] + [tokenizer.eos])[:room]
             if length > room:
-                fail(f"{where}: {name!r} does not fit: prompt {len(prompt)} and response {length} "
-                     f"tokens, block size {block_size}")
+                misfits.append((row["line"], f"{name!r} does not fit: prompt {len(prompt)} and "
+                                f"response {length} tokens, block size {block_size}"))
             responses.append(ids)
         if row["chosen"] == row["rejected"]:
             identical += 1
         else:
             pairs.append(Pair(prompt, *responses))
+    if misfits:
+        others = [str(line) for line in dict(misfits)][1:]
+        more = f"; nor do {len(others)} other lines: {short(', '.join(others))}" if others else ""
+        fail(f"{path}, line {misfits[0][0]}: {misfits[0][1]}{more}")
     if identical:
         print(f"{path}: dropped {identical} of {len(rows)} pairs whose two responses are identical")
     if not pairs:

@@ -138,11 +138,11 @@ def test_a_terminal_is_asked_for_prompts(root, work, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("content, expected", [
-    ("", "stdin: no prompt there"), ("\n \n", "stdin: no prompt there"),
+    (None, "stdin: no prompt there"), ("", "stdin: no prompt there"), ("\n \n", "stdin: no prompt there"),
     ("A comedy\n" + "film," * 90 + "\n", "stdin, line 2: no room for a response: prompt "),
     ("a\udcff\n", "stdin, line 1: not UTF-8")])
 def test_prompts_that_are_none(content, expected, root, work, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO(content))
+    monkeypatch.setattr("sys.stdin", None if content is None else io.StringIO(content))  # None: it is closed
     stopped = clone.run_here(root, work, "sample", "runs/reviews/sft", "--n", "1")
     assert isinstance(stopped, str) and stopped.startswith("error: " + expected)
 
