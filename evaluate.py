@@ -96,8 +96,11 @@ def optimal_curve(rewards: torch.Tensor, points: int = 60) -> list[dict[str, flo
     """The best reward at each KL: beta, kl, reward and effective sample size, by falling beta, as
     far as the bank goes."""
     curve: list[dict[str, float]] = []
-    scale = rewards.double().std().item() or 1.0  # of another unit, the same curve in that unit
-    for beta in (scale * torch.logspace(2, -3, points, dtype=torch.float64)).tolist():
+    # a unit for rewards of any size, and 1 for most that lie in [0, 1]: a power of ten, so that one
+    # grid of betas serves all of them
+    std = rewards.double().std().item() or 1.0
+    unit = 10.0 ** math.ceil(math.log10(std))
+    for beta in (unit * torch.logspace(1.5, -3, points, dtype=torch.float64)).tolist():
         weights = optimal_weights(rewards, beta)
         ess = effective_sample_size(weights).mean().item()
         if curve and ess < MIN_ESS:

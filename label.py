@@ -40,13 +40,12 @@ import sys
 import textwrap
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable
 
 try:
     import termios
     import tty
-except ImportError:  # Windows
-    import msvcrt
+except ImportError:  # Windows, where a key wants Enter behind it
     termios = None
 
 import torch
@@ -94,51 +93,35 @@ class Config:
 
 # ---- questions and answers -----------------------------------------------------------------------
 
-class Response(NamedTuple):
-    text: str
-    ids: list[int]  # the very tokens that were sampled
-    reward: float  # gold
+def mirrored(row: dict) -> dict:
+    """A row of a pairs file with the other response chosen."""
+    return row | {a + more: row[b + more]
+                  for a, b in (("chosen", "rejected"), ("rejected", "chosen"))
+                  for more in ("", "_reward", "_ids")}
 
 
-class Question(NamedTuple):
-    prompt: str
-    left: Response
-    right: Response
-
-
-def questions(rows: list[dict]) -> list[Question]:
-    """One pair of each prompt among the rows of a pairs file, in random order; which response is
-    left is drawn, too, as the file's order tells who was preferred."""
+def questions(rows: list[dict]) -> list[dict]:
+    """One pair of each prompt among the rows of a pairs file, in random order. The chosen response
+    of a question is the left one: which that is is drawn, as the file's order tells who was
+    preferred."""
     order = torch.randperm(len(rows), generator=generator(SEED, "order")).tolist()
     of_prompt: dict[str, dict] = {}
     for i in order:
         of_prompt.setdefault(rows[i]["prompt"], rows[i])
     swapped = torch.rand(len(of_prompt), generator=generator(SEED, "sides")) < 0.5
-    found = []
-    for row, swap in zip(of_prompt.values(), swapped.tolist()):
-        chosen, rejected = (Response(row[name], row[f"{name}_ids"], row[f"{name}_reward"])
-                            for name in ("chosen", "rejected"))
-        left, right = (rejected, chosen) if swap else (chosen, rejected)
-        found.append(Question(row["prompt"], left, right))
-    return found
+    plain = [{name: value for name, value in row.items() if name != "line"}
+             for row in of_prompt.values()]
+    return [mirrored(row) if swap else row for row, swap in zip(plain, swapped.tolist())]
 
 
-def pair_rows(asked: list[Question], answers: list[str]) -> list[dict]:
+def pair_rows(asked: list[dict], answers: list[str]) -> list[dict]:
     """The answers as rows of a pairs file, with the sampled ids. Ties and skips make no pair: the
     losses here have no place for them."""
-    rows = []
-    for question, answer in zip(asked, answers):
-        if answer in ("left", "right"):
-            pair = question.left, question.right
-            chosen, rejected = pair if answer == "left" else pair[::-1]
-            rows.append({"prompt": question.prompt,
-                         "chosen": chosen.text, "rejected": rejected.text,
-                         "chosen_reward": chosen.reward, "rejected_reward": rejected.reward,
-                         "chosen_ids": chosen.ids, "rejected_ids": rejected.ids})
-    return rows
+    return [question if answer == "left" else mirrored(question)
+            for question, answer in zip(asked, answers) if answer in ("left", "right")]
 
 
-def read_answers(path: Path, asked: list[Question]) -> list[str]:
+def read_answers(path: Path, asked: list[dict]) -> list[str]:
     """The answers so far: the first to the first question, and so on. Stops with file and line
     where a row is no answer to its question."""
     if not path.exists():
@@ -151,16 +134,16 @@ def read_answers(path: Path, asked: list[Question]) -> list[str]:
                  f"{', '.join(ANSWERS.values())}")
         question = asked[len(answers)] if number <= len(asked) else None
         if question is None or (row["prompt"], row["left"], row["right"]) != (
-                question.prompt, question.left.text, question.right.text):
+                question["prompt"], question["chosen"], question["rejected"]):
             fail(f"{where}: is not question {number}: a line was edited, moved or removed")
         answers.append(row["answer"])
     return answers
 
 
-def save(folder: Path, asked: list[Question], answers: list[str]) -> None:
+def save(folder: Path, asked: list[dict], answers: list[str]) -> None:
     """Both files, each whole or not at all: a kill between any two keys loses nothing."""
-    labels = [{"prompt": question.prompt, "left": question.left.text,
-               "right": question.right.text, "answer": answer}
+    labels = [{"prompt": question["prompt"], "left": question["chosen"],
+               "right": question["rejected"], "answer": answer}
               for question, answer in zip(asked, answers)]
     for path, rows in ((folder / "labels.jsonl", labels),
                        (folder / "pairs.jsonl", pair_rows(asked, answers))):
@@ -183,11 +166,12 @@ def agreement(rows: list[dict]) -> tuple[float, float]:
     return right / n, math.sqrt(p * (1 - p) / (n + 2))
 
 
-def scale_of(asked: list[Question], agreement: float) -> float:
+def scale_of(asked: list[dict], agreement: float) -> float:
     """The scale at which a Bradley-Terry labeller is expected to agree so often with the gold
     reward: mean sigmoid(scale |r_left - r_right|) = agreement, by bisection; +-1000 where there is
     none."""
-    gaps = torch.tensor([abs(q.left.reward - q.right.reward) for q in asked], dtype=torch.float64)
+    gaps = torch.tensor([abs(question["chosen_reward"] - question["rejected_reward"])
+                         for question in asked], dtype=torch.float64)
     low, high = -1000.0, 1000.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -198,18 +182,18 @@ def scale_of(asked: list[Question], agreement: float) -> float:
     return high
 
 
-def simulated_pairs(asked: list[Question], scale: float, count: int, seed: int) -> list[dict]:
+def simulated_pairs(asked: list[dict], scale: float, count: int, seed: int) -> list[dict]:
     """What a Bradley-Terry labeller of this scale answers to `count` of the questions. Fewer of
     the same seed are the first of them."""
     draw = generator(SEED, "labeller", seed)
     order = torch.randperm(len(asked), generator=draw)[:count].tolist()
-    gaps = torch.tensor([asked[i].left.reward - asked[i].right.reward for i in order])
+    gaps = torch.tensor([asked[i]["chosen_reward"] - asked[i]["rejected_reward"] for i in order])
     left = torch.rand(len(asked), generator=draw)[:count] < torch.sigmoid(scale * gaps)
     answers = ["left" if is_left else "right" for is_left in left.tolist()]
     return pair_rows([asked[i] for i in order], answers)
 
 
-def show_agreement(asked: list[Question], answers: list[str]) -> None:
+def show_agreement(asked: list[dict], answers: list[str]) -> None:
     """What can be said at once."""
     rows = pair_rows(asked, answers)
     ties, skips = answers.count("tie"), answers.count("skip")
@@ -277,7 +261,7 @@ def trained(config: Config, start: pipeline.Start, held: list[dict], rows: list[
             "sft": kinds["reference"]}
 
 
-def worth(config: Config, start: pipeline.Start, asked: list[Question], held: list[dict],
+def worth(config: Config, start: pipeline.Start, asked: list[dict], held: list[dict],
           rows: list[dict]) -> dict:
     """What the pairs of a person are worth, and those of simulated labellers who agree with the
     gold reward as often: as many, and MORE more. Kept in N-pairs/worth.json, as long as the answers
@@ -358,17 +342,12 @@ def read_key() -> str:
     """The next key, in lower case: from a terminal without Enter, otherwise a line. "" at the end
     of the input; a space for a key that means nothing."""
     sys.stdout.flush()
-    if sys.stdin is None or not sys.stdin.isatty():
+    if termios is None or sys.stdin is None or not sys.stdin.isatty():
         try:
             line = sys.stdin.readline() if sys.stdin else ""
         except UnicodeDecodeError:
             line = "?"  # no text, and so no answer
         return line.strip().lower() or " " * bool(line)
-    if termios is None:
-        key = msvcrt.getwch()
-        if key == "\x03":
-            raise KeyboardInterrupt
-        return key.lower() if key not in "\0\xe0" else " " * bool(msvcrt.getwch())
     terminal = sys.stdin.fileno()
     before = termios.tcgetattr(terminal)
     try:
@@ -384,13 +363,13 @@ def read_key() -> str:
         termios.tcsetattr(terminal, termios.TCSADRAIN, before)
 
 
-def show(number: int, count: int, question: Question) -> None:
+def show(number: int, count: int, question: dict) -> None:
     """A question, on 20 to 100 columns. What a model wrote may have control characters, which a
     terminal would obey."""
     width = max(20, min(shutil.get_terminal_size().columns, 100))
     print(f"\n{f'---- {number} of {count} ':-<{width - 1}}")
-    for name, text in (("", question.prompt), ("left", f"... {question.left.text.strip()}"),
-                       ("right", f"... {question.right.text.strip()}")):
+    for name, text in (("", question["prompt"]), ("left", f"... {question['chosen'].strip()}"),
+                       ("right", f"... {question['rejected'].strip()}")):
         clean = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
         for i, line in enumerate(clean.split("\n")):
             print(textwrap.fill(line, width - 1, initial_indent=f"{name if i == 0 else '':8}",
@@ -403,6 +382,7 @@ def main(config: Config) -> None:
     """Ask until the person stops, or report."""
     use_device(config.device)
     check_writable(config.out)
+    pipeline.require_gold(config.dataset)
     start = pipeline.load(
         pipeline.sft_policy(config.sft, config.dataset, config.preset, config.dtype),
         config.dataset, config.preset, config.dtype)
@@ -425,9 +405,8 @@ def main(config: Config) -> None:
     answers = read_answers(folder / "labels.jsonl", asked)
     if config.report and not pair_rows(asked, answers):
         fail(f"{folder}: nothing to report, no pair has been answered there")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock(folder)
     write_json(folder / "config.json", {"dataset": config.dataset, "built_from": built_from})
+    lock(folder)
     save(folder, asked, answers)
 
     def numbers() -> None:
@@ -453,7 +432,7 @@ def main(config: Config) -> None:
             print(typed(runs_on(config, folder / "pairs.jsonl", folder)[1]))
 
 
-def ask(folder: Path, asked: list[Question], answers: list[str],
+def ask(folder: Path, asked: list[dict], answers: list[str],
         numbers: Callable[[], None]) -> None:
     """Question after question; `answers` grows with each, and is on disk before the next is
     asked."""

@@ -153,10 +153,10 @@ def prompts_of(given: argparse.Namespace) -> Iterator[tuple[str, str]]:
     if given.prompt is not None:
         yield "--prompt", given.prompt
         return
-    lines: Iterator[str] = iter(sys.stdin)
-    if sys.stdin.isatty():
+    at_terminal = sys.stdin is not None and sys.stdin.isatty()
+    if at_terminal:
         print("A prompt a line; Ctrl-D ends.", file=sys.stderr)
-        lines = typed_lines()
+    lines = typed_lines() if at_terminal else sys.stdin or ()  # it may be closed
     empty = True
     try:
         for number, line in enumerate(lines, 1):
@@ -165,7 +165,7 @@ def prompts_of(given: argparse.Namespace) -> Iterator[tuple[str, str]]:
                 yield f"stdin, line {number}", line.rstrip("\r\n")
     except UnicodeDecodeError:
         fail("stdin: not UTF-8")
-    if empty and not sys.stdin.isatty():
+    if empty and not at_terminal:
         fail("stdin: no prompt there; give one a line, or --prompt TEXT")
 
 
@@ -220,7 +220,8 @@ def talk(given: argparse.Namespace) -> None:
 
     if given.prompt is not None:  # before a gold reward is trained that is missing
         check("--prompt", given.prompt)
-    start.gold = pipeline.gold_reward(start)
+    if not tasks.is_own(start.dataset):
+        start.gold = pipeline.gold_reward(start)
     require(not given.optimum or start.gold is not None, "--optimum: the task has no gold reward")
     bank = None
     if given.optimum and (start.folder / "bank" / "bank.jsonl").exists():

@@ -140,7 +140,7 @@ def check_writable(folder: str | Path) -> None:
 def read_json(path: str | Path) -> Any:
     """Raises SystemExit if there is no such file, or it is no JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except FileNotFoundError:
         fail(f"{path}: no such file")
     except OSError as error:

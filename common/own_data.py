@@ -24,7 +24,8 @@ from pathlib import Path
 import torch
 
 from common import fail
-from common.files import read_json_object, read_jsonl, read_lines, sha256, write_jsonl
+from common.files import (check_field, read_json_object, read_jsonl, read_lines, sha256,
+                          write_jsonl)
 from common.pairs import SEED, Pair, encode_pairs, read_pairs, split
 from common.tasks import Preset, Task, check_prepared, publish
 from common.tokenizer import Tokenizer, train_bpe
@@ -94,8 +95,8 @@ def read_texts(files: list[Path]) -> list[dict]:
                 where = f"{path}, line {row['line']}"
                 if not row["text"].strip():
                     fail(f"{where}: field 'text' is empty, expected a document")
-                if not isinstance(row.get("prompt", ""), str):
-                    fail(f"{where}: field 'prompt' is {str(row['prompt'])[:40]}, expected str")
+                if "prompt" in row:
+                    check_field(row, "prompt", str, where)
                 rows.append({key: row[key] for key in ("prompt", "text") if key in row})
     return rows
 

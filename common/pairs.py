@@ -57,13 +57,12 @@ def read_pairs(path: str | Path) -> list[dict]:
                  "lists of messages")
         if isinstance(row["chosen"], list):
             row |= render_messages(row, where)
-        elif "prompt" in row:
-            check_field(row, "prompt", str, where)
-        else:
+        elif "prompt" not in row:
             row |= split_off_prompt(row["chosen"], row["rejected"], where)
-        for name in ("chosen", "rejected"):
-            if not row[name]:
-                fail(f"{path}, line {row['line']}: field {name!r} is empty, expected a response")
+        for name in ("prompt", "chosen", "rejected"):
+            check_field(row, name, str, where)
+            if not row[name] and name != "prompt":
+                fail(f"{where}: field {name!r} is empty, expected a response")
     return rows
 
 
@@ -94,9 +93,9 @@ def render_messages(row: dict, where: str) -> dict[str, str]:
         before = [{"role": "user", "content": before}]
     sides = {"prompt": before, "chosen": row["chosen"], "rejected": row["rejected"]}
     for name, messages in sides.items():
-        for message in messages if isinstance(messages, list) else [None]:
+        for message in messages if isinstance(messages, list) else [messages]:
             if not (isinstance(message, dict) and isinstance(message.get("content"), str)
-                    and message.get("role") in ROLES):
+                    and message.get("role") in [*ROLES]):  # a role that is a list has no hash
                 fail(f"{where}: field {name!r} has {short(json.dumps(message), 40)} in it, "
                      f"expected messages with a 'role' ({', '.join(ROLES)}) and a text as "
                      "'content'")
@@ -126,10 +125,10 @@ def encode_pairs(rows: list[dict], tokenizer: Tokenizer, block_size: int,
     Identical pairs are dropped and counted: their loss is ln 2 with gradient zero, but Adam divides
     rounding noise by rounding noise and would still move the weights.
 
-    Raises SystemExit with file and line if prompt and response do not fit into block_size: cutting
+    Raises SystemExit with file and lines if prompt and response do not fit into block_size: cutting
     a response would change what was preferred.
     """
-    pairs, identical = [], 0
+    pairs, identical, misfits = [], 0, []
     encoded = {
         name: tokenizer.encode_batch([row[name] for row in rows])
         for name in ("prompt", "chosen", "rejected")
@@ -149,13 +148,17 @@ def encode_pairs(rows: list[dict], tokenizer: Tokenizer, block_size: int,
                 length = len(encoded[name][i])
                 ids = (encoded[name][i] + [tokenizer.eos])[:room]
             if length > room:
-                fail(f"{where}: {name!r} does not fit: prompt {len(prompt)} and response {length} "
-                     f"tokens, block size {block_size}")
+                misfits.append((row["line"], f"{name!r} does not fit: prompt {len(prompt)} and "
+                                f"response {length} tokens, block size {block_size}"))
             responses.append(ids)
         if row["chosen"] == row["rejected"]:
             identical += 1
         else:
             pairs.append(Pair(prompt, *responses))
+    if misfits:
+        others = [str(line) for line in dict(misfits)][1:]
+        more = f"; nor do {len(others)} other lines: {short(', '.join(others))}" if others else ""
+        fail(f"{path}, line {misfits[0][0]}: {misfits[0][1]}{more}")
     if identical:
         print(f"{path}: dropped {identical} of {len(rows)} pairs whose two responses are identical")
     if not pairs:

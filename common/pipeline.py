@@ -14,7 +14,7 @@ import importlib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -128,7 +128,7 @@ def check_own_files(config: Any) -> None:
         return
     reward_name = getattr(config, "reward", None)
     if reward_name == "gold":
-        no_gold_reward(config.dataset)
+        require_gold(config.dataset)
     if getattr(config, "prompts", 0):
         fail("--prompts: no pairs are sampled for a folder of your own files")
     if getattr(config, "labels", "bt") != "bt":
@@ -137,8 +137,10 @@ def check_own_files(config: Any) -> None:
         tasks.own_pairs(config.dataset)
 
 
-def no_gold_reward(dataset: str) -> NoReturn:
-    fail(f"--dataset {dataset}: a folder of your own files has no gold reward")
+def require_gold(dataset: str) -> None:
+    """Stop where nothing can say what is good; before a stage is trained for that."""
+    if tasks.is_own(dataset):
+        fail(f"--dataset {dataset}: a folder of your own files has no gold reward")
 
 
 def load(sft: Path, dataset: str, preset: str, dtype: str = "auto") -> Start:
@@ -217,8 +219,7 @@ def gold_reward(start: Start) -> Reward:
     """The task's gold reward. Where that is a model it is trained if it is missing: a classifier of
     the labelled documents, or a reward model of the human comparisons where there are enough (an
     exact reward is a stand-in then)."""
-    if tasks.is_own(start.dataset):
-        no_gold_reward(start.dataset)
+    require_gold(start.dataset)
     folder = tasks.prepared(start.dataset)
     shared = dict(dataset=start.dataset, preset=start.preset, sft=str(start.sft), dtype=start.dtype,
                   out=str(start.folder / "gold"), resume=True)

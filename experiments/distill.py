@@ -246,6 +246,7 @@ def main(config: Config) -> None:
     use_device(config.device)
     folder = Path(config.out)
     check_writable(folder)
+    pipeline.require_gold(config.dataset)
     teacher = pipeline.sft_policy(config.sft, config.dataset, config.preset)
     start = pipeline.load(teacher, config.dataset, config.preset)
     start.ref.requires_grad_(False)

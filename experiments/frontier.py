@@ -453,6 +453,7 @@ def build(config: Config) -> tuple[evaluate.Bank, list[PlannedRun], list[Planned
     before any of it is built."""
     use_device(config.device)
     check_writable(config.out)
+    pipeline.require_gold(config.dataset)
     planned = plan(config)
     for run in planned:
         check_folder(run.config)

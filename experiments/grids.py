@@ -20,6 +20,8 @@ import reinforce
 import sft
 from common import fail, tasks
 from common.files import read_json_object
+from common.pairs import read_pairs
+from common.rewards import is_own, user_function
 from common.settings import ROUNDING_ONLY, defaults_of, label, parse, require, run_folder
 from common.user_code import own_loss
 from experiments.sweep import PlannedRun
@@ -155,8 +157,13 @@ def plan_run(config: Any, name: str, method: Method, command: str, seed: int) ->
     run = parse(Script, "", [word for flag, value in values.items()
                              for word in ("--" + flag.replace("_", "-"), str(value)) if word])
     run.resume = True
+    # the user's own files, which no parser reads
     if getattr(run, "loss", "dpo") not in dpo.LOSSES:
         own_loss(run.loss)
+    if is_own(getattr(run, "reward", "model")):
+        user_function(run.reward, "--reward")
+    if getattr(run, "pairs", ""):
+        read_pairs(run.pairs)
 
     # a folder that is named by all settings: when a grid is changed, it does not meet older runs
     named = [flag for flag in flags if flag not in ("on", *ROUNDING_ONLY)]

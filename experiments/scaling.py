@@ -437,6 +437,8 @@ def build(config: Config) -> tuple[list[PlannedRun], list[Pairs], str]:
     use_device(config.device)
     folder = Path(config.out)
     check_writable(folder)
+    if not config.pairs:
+        pipeline.require_gold(config.dataset)
     rows = read_pairs(config.pairs) if config.pairs else []
     test = read_pairs(config.test) if config.test else []
     made_of = {name: getattr(config, name) for name in (

@@ -616,6 +616,7 @@ def main(config: Config) -> None:
     use_device(config.device)
     folder = Path(config.out)
     check_writable(folder)
+    pipeline.require_gold(config.dataset)
     own_judge = user_judge(config.judge) if config.judge else None
     # with --print, stdout is for the commands alone
     messages = sys.stderr if config.print else sys.stdout

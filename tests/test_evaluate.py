@@ -325,6 +325,16 @@ def test_a_measurement_is_the_tables_row_of_the_same_samples(start, tmp_path, mo
     assert abs(of_ref["eval_kl"]) < 1e-5 < 0.1 < found["eval_kl"]
 
 
+def test_the_committed_curve_has_the_betas_of_the_curve():
+    """Where the curve ends depends on its betas, and so does what the README says of the largest KL."""
+    path = Path(__file__).resolve().parents[1] / "results" / "reviews" / "bank" / "curve.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    committed = [row["beta"] for row in rows if row["curve"] == "optimum"]
+    rewards = torch.rand(20, 4096, generator=torch.Generator().manual_seed(0))
+    betas = [point["beta"] for point in evaluate.optimal_curve(rewards)]
+    assert len(committed) > 40 and betas[:len(committed)] == pytest.approx(committed, rel=1e-9)
+
+
 @pytest.mark.parametrize("scored", [True, False])
 def test_the_figure_on_the_way_has_the_evaluations_so_far(scored, tmp_path):
     """Reward against KL under the optimum, or the KL over the steps where there is no reward; figure.png is a whole file."""

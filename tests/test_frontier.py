@@ -334,7 +334,7 @@ def test_the_grid_of_the_page_can_be_planned(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("methods, line", [
-    ("{", ": not JSON ("), ([1], ": expected a JSON object"), ({}, ": no method in it"),
+    ("{", ": not JSON ("), ('{"a": [], "a": []}', ": not JSON (the key 'a' is there twice)"), ([1], ": expected a JSON object"), ({}, ": no method in it"),
     ({"a": "dpo.py"}, ", a: expected a list"),
     ({"a": []}, ", a: expected a list of commands"), ({"a": [["dpo.py"]]}, ", a: expected a list of commands"),
     ({"a": ["dpo.py"], "b": ["dpo.py --beta '1"]}, """, b, "dpo.py --beta '1": No closing quotation"""),
@@ -348,6 +348,8 @@ def test_the_grid_of_the_page_can_be_planned(tmp_path, monkeypatch):
     ({"a": ["dpo.py --help"]}, ", a, 'dpo.py --help': --help: is the same for all runs"),
     ({"a": ["dpo.py --seed 3"]}, ", a, 'dpo.py --seed 3': --seed: is the same for all runs, and given to the sweep"),
     ({"a": ["dpo.py --loss ipoo"]}, ", a, 'dpo.py --loss ipoo': --loss 'ipoo': expected dpo, ipo, unlikelihood or FILE.py"),
+    ({"a": ["ppo.py --reward mine.py:g"]}, ", a, 'ppo.py --reward mine.py:g': --reward mine.py:g: mine.py has no function 'g'"),
+    ({"a": ["dpo.py --pairs none.jsonl"]}, ", a, 'dpo.py --pairs none.jsonl': none.jsonl: no such pairs file"),
     ({"a": ["dpo.py --loss mine.py:g"]}, ", a, 'dpo.py --loss mine.py:g': --loss mine.py:g: mine.py has no function 'g'"),
     ({"a": ["sft.py"]}, ", a, 'sft.py': --evaluate-every: needs --on chosen"),
     ({"A b": ["ppo.py"], "a-b": ["ppo.py"]}, ", a-b, 'ppo.py': another command has the same settings")])

@@ -32,11 +32,16 @@ def rows_of(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def asked(count: int, seed: int = 0) -> list[label.Question]:
+def question(prompt: str, left: str, left_reward: float, right: str, right_reward: float) -> dict:
+    """The left response is the chosen one."""
+    return {"prompt": prompt, "chosen": left, "rejected": right, "chosen_reward": left_reward, "rejected_reward": right_reward,
+            "chosen_ids": [1], "rejected_ids": [2]}
+
+
+def asked(count: int, seed: int = 0) -> list[dict]:
     """Questions with gold rewards uniform in [0, 1]."""
     rewards = torch.rand(count, 2, generator=torch.Generator().manual_seed(seed)).tolist()
-    return [label.Question(f"p{i}", label.Response(f" a{i}", [1], a), label.Response(f" b{i}", [2], b))
-            for i, (a, b) in enumerate(rewards)]
+    return [question(f"p{i}", f" a{i}", a, f" b{i}", b) for i, (a, b) in enumerate(rewards)]
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
@@ -99,16 +104,16 @@ def test_the_side_tells_nothing():
     """In a pairs file the chosen response is the first: on the screen it is the left one half of the time."""
     rows = [{"prompt": str(i), **{f"{name}{more}": value for name in ("chosen", "rejected") for more, value in (
         ("", name), ("_ids", [i]), ("_reward", 0.5))}} for i in range(4000)]
-    left = [question.left.text == "chosen" for question in label.questions(rows)]
+    left = [asked["chosen"] == "chosen" for asked in label.questions(rows)]
     assert abs(sum(left) / 4000 - 0.5) < 3 * 0.5 / math.sqrt(4000)
-    assert [q.prompt for q in label.questions(rows)] != [row["prompt"] for row in rows]
+    assert [asked["prompt"] for asked in label.questions(rows)] != [row["prompt"] for row in rows]
     assert label.questions(rows) == label.questions(rows)
 
 
 def test_control_characters_are_shown_as_such(capsys, monkeypatch):
     """A model of bytes may write an escape sequence, which would clear the screen."""
     monkeypatch.setenv("COLUMNS", "80")
-    label.show(1, 2, label.Question("a\x1b[2Jb", label.Response(" c\r\x07", [], 0), label.Response(" two\nlines", [], 0)))
+    label.show(1, 2, question("a\x1b[2Jb", " c\r\x07", 0, " two\nlines", 0))
     said = capsys.readouterr().out
     assert all(c.isprintable() or c == "\n" for c in said) and "a\ufffd[2Jb" in said
     assert "... two\n        lines\n" in said and max(map(len, said.splitlines())) <= 80
@@ -201,8 +206,7 @@ def test_agreement_by_hand(capsys):
     rows = [{"chosen_reward": a, "rejected_reward": b} for a, b in ((0.9, 0.1), (0.8, 0.2), (0.5, 0.4), (0.1, 0.6), (0.3, 0.3))]
     assert label.agreement(rows) == pytest.approx((0.7, math.sqrt(4.5 * 2.5 / 7**3)))
     assert label.agreement(rows[:3]) == pytest.approx((1, math.sqrt(4 / 5**3)))  # not 0
-    questions = [label.Question("p", *(label.Response(x, [], r) for x, r in (("a", left), ("b", right))))
-                 for left, right in ((0.9, 0.1), (0.2, 0.8), (0.5, 0.5), (0.1, 0.6))]
+    questions = [question("p", "a", left, "b", right) for left, right in ((0.9, 0.1), (0.2, 0.8), (0.5, 0.5), (0.1, 0.6))]
     label.show_agreement(questions, ["left", "right", "tie", "left"])
     said = capsys.readouterr().out
     assert "4 answers: 3 pairs, 1 ties, 0 skipped" in said and "67% +- 22%" in said
@@ -212,7 +216,7 @@ def test_agreement_by_hand(capsys):
 def test_scale_of_a_labeller():
     """All pairs differ by 1/2: agreement = sigmoid(scale / 2), so scale = 2 log(a / (1 - a)). A coin has scale 0; who is wrong
     more often than right a negative one."""
-    questions = [label.Question("", label.Response("", [], 0.25), label.Response("", [], 0.75))] * 5
+    questions = [question("", "", 0.25, "", 0.75)] * 5
     for right in (0.5, 0.78, 0.9, 0.3):
         assert label.scale_of(questions, right) == pytest.approx(2 * math.log(right / (1 - right)), abs=1e-9)
     assert label.scale_of(questions, 1.0) >= 50 and label.scale_of(questions, 0.0) <= -50

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ REWARD = "def short(prompts, responses):\n    return [-10.0 * len(response) for 
 
 def jsonl(path: Path, rows: list[dict]) -> Path:
     path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -102,7 +103,10 @@ def test_every_form_becomes_prompt_chosen_and_rejected(tmp_path):
     ({"chosen": [user("Q")], "rejected": [user("P")]}, "field 'chosen': expected a message of the assistant's behind the prompt"),
     ({"chosen": [{"role": "judge", "content": "x"}], "rejected": [assistant("5")]}, "field 'chosen' has {\"role\": \"judge\""),
     ({"chosen": [{"role": "user"}], "rejected": [assistant("5")]}, "field 'chosen' has {\"role\": \"user\"} in it, expected mess"),
-    ({"prompt": 5, "chosen": [assistant("4")], "rejected": [assistant("5")]}, "field 'prompt' has null in it, expected messages"),
+    ({"prompt": 5, "chosen": [assistant("4")], "rejected": [assistant("5")]}, "field 'prompt' has 5 in it, expected messages"),
+    ({"chosen": [{"role": ["user"], "content": "Q"}], "rejected": [assistant("5")]}, "field 'chosen' has {\"role\": [\"user\"]"),
+    ({"chosen": [user("Q"), assistant("\ud800")], "rejected": [user("Q"), assistant("5")]}, "field 'chosen' has half a surrogate"),
+    ({"prompt": "Q", "chosen": "", "rejected": "a"}, "field 'chosen' is empty, expected a response"),
     ({"prompt": "Q", "chosen": " 4"}, "no field 'rejected' (found: prompt, chosen)"),
     ({"prompt": None, "chosen": " 4", "rejected": " 5"}, "field 'prompt' is null, expected str")])
 def test_a_bad_row_stops_with_file_line_and_field(row, said, tmp_path):
@@ -220,6 +224,7 @@ def texts(count):
     ({"a.txt": b"one\ntwo\x00\n"}, "sft", [], "my/qa/a.txt, line 2: has a NUL byte in it"),
     ({"texts.jsonl": [*texts(30), {"text": " "}]}, "sft", [], "my/qa/texts.jsonl, line 31: field 'text' is empty"),
     ({"texts.jsonl": [*texts(30), {"text": "a", "prompt": 5}]}, "sft", [], "my/qa/texts.jsonl, line 31: field 'prompt' is 5, exp"),
+    ({"texts.jsonl": [*texts(30), {"text": "a", "prompt": "\ud800"}]}, "sft", [], "my/qa/texts.jsonl, line 31: field 'prompt' has half"),
     ({"texts.jsonl": [{"txt": "a"}]}, "sft", [], "my/qa/texts.jsonl, line 1: no field 'text' (found: txt)"),
     ({"texts.jsonl": [{"text": f"word{i}"} for i in range(30)]}, "sft", [], "my/qa: no document has two words, of which"),
     ({"pairs.jsonl": questions(5)}, "dpo", [], "my/qa/pairs.jsonl: 5 pairs of two different responses, expected"),
@@ -284,6 +289,26 @@ def test_dpo_ends_in_a_report_about_their_pairs(root, qa, capsys):
 
 def tasks_prompts(qa):
     return [json.loads(line)["prompt"] for line in (qa / "qa/prepared/prompts_test.jsonl").read_text().splitlines()]
+
+
+def test_a_policy_of_their_pairs_talks(root, qa, capsys):
+    """Beside each response stands its log-ratio alone, and there is no optimum to show."""
+    shutil.copytree(qa / "runs/qa/sft", qa / "runs/qa/policy")
+    runs = ["runs/qa/sft", "runs/qa/policy"]
+    assert clone.run_here(root, qa, "sample", *runs, "--prompt", "What is 3 + 4?", "--n", "2") == 0
+    said = capsys.readouterr().out
+    assert "gold" not in said and len(re.findall(r"^ [12] +\+0\.00  sft ", said, flags=re.M)) == 2
+    assert clone.run_here(root, qa, "sample", *runs, "--prompt", "Q", "--optimum", "1") == \
+        "error: --optimum: the task has no gold reward"
+
+
+@pytest.mark.parametrize("script", ["label", "experiments/frontier", "experiments/distill", "experiments/scaling", "experiments/winrate"])
+def test_what_measures_a_gold_reward_refuses_their_folder(script, root, tmp_path):
+    """Before it trains an SFT policy for that."""
+    jsonl(tmp_path / "qa/pairs.jsonl", questions(30))
+    assert clone.run_here(root, tmp_path, script, "--dataset", "qa") == \
+        "error: --dataset qa: a folder of your own files has no gold reward"
+    assert {path.name for path in tmp_path.rglob("*")} == {"qa", "pairs.jsonl"}
 
 
 def test_a_reward_model_of_their_pairs_and_ppo_on_it(root, qa, capsys):

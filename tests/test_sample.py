@@ -138,11 +138,11 @@ def test_a_terminal_is_asked_for_prompts(root, work, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("content, expected", [
-    ("", "stdin: no prompt there"), ("\n \n", "stdin: no prompt there"),
+    (None, "stdin: no prompt there"), ("", "stdin: no prompt there"), ("\n \n", "stdin: no prompt there"),
     ("A comedy\n" + "film," * 90 + "\n", "stdin, line 2: no room for a response: prompt "),
     ("a\udcff\n", "stdin, line 1: not UTF-8")])
 def test_prompts_that_are_none(content, expected, root, work, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO(content))
+    monkeypatch.setattr("sys.stdin", None if content is None else io.StringIO(content))  # None: it is closed
     stopped = clone.run_here(root, work, "sample", "runs/reviews/sft", "--n", "1")
     assert isinstance(stopped, str) and stopped.startswith("error: " + expected)
 
@@ -166,15 +166,6 @@ def test_reward_and_log_ratio_by_their_definition(temperature, work):
         assert response.reward == pytest.approx(gold_reward(PROMPT + response.text), abs=1e-6)
         assert response.cut == (tokenizer.eos not in ids)
     assert temperature == 0 or len({response.cut for response in found}) == 2
-
-
-def test_a_task_without_a_gold_reward(root, work, capsys, monkeypatch):
-    """The column is not there, and there is no optimum to show."""
-    monkeypatch.setattr(pipeline, "gold_reward", lambda start: None)
-    shown = said(root, work, capsys, "runs/reviews/other", "--prompt", PROMPT, "--n", "2")
-    assert "gold" not in shown and len(re.findall(r"^ [12] +[+-]\d+\.\d\d  other ", shown, flags=re.M)) == 2
-    assert clone.run_here(root, work, "sample", "runs/reviews/other", "--prompt", PROMPT, "--optimum", "1") == \
-        "error: --optimum: the task has no gold reward"
 
 
 def test_the_reference_is_that_of_the_runs(root, work, capsys):

@@ -23,7 +23,7 @@ SMALLER = {  # and what is smaller here
 def colours(tmp_path_factory):
     """A clone with one task more, and a working folder."""
     root = clone.make(tmp_path_factory.mktemp("clone"))
-    (root / "data/colours").mkdir()
+    (root / "data/colours").mkdir(exist_ok=True)  # where somebody has typed the page
     init, prepare = INIT, PREPARE
     for whole, small in SMALLER.items():
         assert (init + prepare).count(whole) == 1, whole
