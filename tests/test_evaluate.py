@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
