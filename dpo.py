@@ -8,7 +8,7 @@ without sampling.
 r(x, y) = beta log pi_theta(y|x)/pi_ref(y|x). If the pairs do come from a Bradley-Terry model with
 reward r*, its optimum is pi_ref(y|x) exp(r*(x, y) / beta) / Z(x), Eq. 4.
 
-    python dpo.py --beta 0.1                  # two minutes from nothing on 2 cores, then half a one
+    python dpo.py --beta 0.1                  # two to three minutes from nothing, then 40 seconds
     python dpo.py --dataset imdb --beta 0.1   # the paper's sentiment task, two hours on 2 cores
     python dpo.py --loss ipo                  # a squared loss, whose margins stay bounded
     python dpo.py --loss unlikelihood         # the paper's baseline, without a reference
@@ -22,10 +22,9 @@ Writes  runs/<dataset>/dpo-beta<beta>-seed<seed>.../ : log.jsonl, model.pt, eval
         samples.jsonl, figure.png
 
 Differs from the paper: AdamW for RMSprop, tiny models and so a larger learning rate; reference
-log-probabilities are
-computed once, before training; on `reviews` the labels are drawn from the Bradley-Terry model
-instead of being free of noise, because then the theory says where DPO must end (--labels argmax
-gives the paper's).
+log-probabilities are computed once, before training; on `reviews` the labels are drawn from the
+Bradley-Terry model instead of being free of noise, because then the theory says where DPO must end
+(--labels argmax gives the paper's).
 
 Symbols: chosen = y_w, rejected = y_l, reward = the implicit one above, logprobs are sums over the
 response's tokens.

@@ -1,7 +1,7 @@
 """How good is a policy? Gold reward, KL to the reference, share of the optimum, best-of-n, win
 rates, samples.
 
-    python evaluate.py RUN [RUN ...]    # compares finished policies of one task; half a minute
+    python evaluate.py RUN [RUN ...]    # compares finished policies of one task; some seconds
     python evaluate.py RUN --reward FILE.py:function    # by a reward of yours
 
 Every method here maximises  E[r(x, y)] - beta KL(pi || pi_ref)  (Rafailov et al. 2023, Eq. 3),
@@ -38,7 +38,7 @@ from common import fail, pipeline, rewards, tasks
 from common.figures import figure
 from common.files import read_json_object, write_json, write_jsonl
 from common.pairs import sampled_responses
-from common.processes import join
+from common.processes import RANK, join
 from common.run import Run, check_same_task, load_run
 from common.settings import Parser, stop_like_ctrl_c
 from common.tokenizer import Tokenizer
@@ -96,8 +96,11 @@ def optimal_curve(rewards: torch.Tensor, points: int = 60) -> list[dict[str, flo
     """The best reward at each KL: beta, kl, reward and effective sample size, by falling beta, as
     far as the bank goes."""
     curve: list[dict[str, float]] = []
-    scale = rewards.double().std().item() or 1.0  # of another unit, the same curve in that unit
-    for beta in (scale * torch.logspace(2, -3, points, dtype=torch.float64)).tolist():
+    # a unit for rewards of any size, and 1 for most that lie in [0, 1]: a power of ten, so that one
+    # grid of betas serves all of them
+    std = rewards.double().std().item() or 1.0
+    unit = 10.0 ** math.ceil(math.log10(std))
+    for beta in (unit * torch.logspace(1.5, -3, points, dtype=torch.float64)).tolist():
         weights = optimal_weights(rewards, beta)
         ess = effective_sample_size(weights).mean().item()
         if curve and ess < MIN_ESS:
@@ -211,6 +214,8 @@ def log_evaluation(run: Run, step: int, policy: GPT, start: pipeline.Start) -> N
         run.log(step=step,
                 **{f"eval_{name}": value
                    for name, value in row.items() if name != "kind"})
+        if RANK == 0:
+            draw_progress(run, start.bank)
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -440,6 +445,20 @@ def draw_run(path: Path,
             axes[1].set_title(f"test prompts: {report.bank.column} against KL")
 
 
+def draw_progress(run: Run, bank: Bank) -> None:
+    """figure.png of a run that is still training: its evaluations so far below the optimum, or,
+    where there is no reward, the KL over the steps. Drawn again with every evaluation."""
+    with figure(run.folder / "figure.png") as (_, axis):
+        if bank.rewards is None:
+            axis.plot(*logged(run.rows, "eval_kl"), "o-")
+            axis.set(xlabel="step", ylabel="KL to the reference, nats per response")
+        else:
+            path = logged(run.rows, "eval_kl")[1], logged(run.rows, "eval_reward")[1]
+            axis.plot(*path, "o-", color="tab:red", label="this run so far")
+            draw_frontier(axis, bank, {})
+        axis.set_title(f"after {run.rows[-1]['step']} steps")
+
+
 def logged(rows: list[dict], name: str) -> tuple[list[float], list[float]]:
     """A logged value over the steps."""
     rows = [row for row in rows if name in row]
@@ -461,8 +480,9 @@ def draw_frontier(axis, bank: Bank, rows: dict[str, dict]) -> None:
               color="black",
               label=r"optimum $\pi^*_\beta$")
     best = [row for row in rows.values() if row["kind"] == "best of n"]
-    axis.plot([row["kl"] for row in best], [row["reward"] for row in best], "o:", color="tab:gray",
-              label="best of 2, 4, 16 (KL bound)")
+    if best:
+        axis.plot([row["kl"] for row in best], [row["reward"] for row in best], "o:",
+                  color="tab:gray", label="best of 2, 4, 16 (KL bound)")
     for name, row in rows.items():
         if row["kind"] in ("reference", "policy"):
             axis.errorbar(row["kl"],
@@ -542,7 +562,7 @@ if __name__ == "__main__":
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="+", help="folders of finished runs: sft, dpo, ...")
     parser.add_argument("--reward", default="",
-                        help="FILE.py:function, or a reward model's run, in place of the gold reward")
+                        help="FILE.py:function or a reward model's run, in place of the gold one")
     parser.add_argument("--device", choices=get_args(Device), default="auto",
                         help="where it is computed; auto = CUDA where there is one, else the CPU")
     given = parser.parse_args()

@@ -4,7 +4,7 @@ answers are worth.
     python label.py                            # one key an answer; stop with q, go on with the
                                                # same command
     python label.py --report                   # what the answers are worth; about a minute
-    printf 'l\\nr\\n' | python label.py         # answers from a pipe, one a line
+    printf 'l\\nr\\n' | python label.py         # answers from a pipe, one on each line
 
 A question is a pair of responses of the SFT policy to a training prompt: those that the built-in
 labels were drawn for, so your answers and theirs can be compared pair by pair. One pair of each
@@ -13,8 +13,9 @@ pairs: agreement on a random sample is an unbiased estimate of agreement on all 
 to pairs of different prompts are independent, so its standard error is a simple one.
 
 Agreement is how often your answer has the higher gold reward; ties and skips do not count. What the
-answers are worth is measured where you have answered nothing: a reward model of them by the gold
-order of the held-out pairs, DPO on them by gold reward and KL on the test prompts.
+answers are worth is measured where you have answered nothing. A reward model is trained on them,
+and measured by how many held-out pairs it puts in the gold reward's order. DPO is trained on them,
+and measured by gold reward and KL on the test prompts.
 
 What fifty more would buy cannot be seen in your answers. It is simulated: labellers who answer by
 the Bradley-Terry model, P(left) = sigmoid(scale (r_left - r_right)), with the scale at which they

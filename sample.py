@@ -2,13 +2,13 @@
 of your texts; a policy in Hugging Face's format.
 
     python sample.py RUN [RUN ...] --prompt "This film" --temperature 0.7 --n 4
-    python sample.py RUN [RUN ...] < prompts.txt          # a prompt a line; or type them
+    python sample.py RUN [RUN ...] < prompts.txt          # one on each line; or type them
     python sample.py RUN --prompt "This film" --optimum 0.1
     python sample.py REWARD_MODEL --score texts.jsonl     # JSON lines to stdout
     python sample.py RUN --export FOLDER
 
 All policies get the same random numbers, one for each token of each response: with equal weights
-they would say the same, so that the difference is the policies'. The numbers depend on --seed and
+they would say the same, so what differs comes from the policies. The numbers depend on --seed and
 the prompt alone.
 
 Beside each response stand its gold reward r, where the task has one, and log pi(y|x) -

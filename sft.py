@@ -4,7 +4,7 @@ from.
     L(theta) = - E_{y ~ documents} [ sum_t log pi_theta(y_t | y_<t) ] / tokens
                                                                      (Radford et al. 2019)
 
-    python sft.py                    # half a minute; the loss nears the grammar's entropy
+    python sft.py                    # 40 seconds; the loss nears the grammar's entropy
     python sft.py --dataset imdb     # about an hour on 2 cores; 1.46 bits per byte
     python sft.py --dataset FOLDER   # your own texts, see common/own_data.py
     python sft.py --dataset tldr     # starts from `--on pretrain`, on all posts there are

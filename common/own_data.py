@@ -38,6 +38,7 @@ LONGEST_DOCUMENT = 256  # tokens; a longer one is cut there
 ROOM = 32  # tokens for a response to a prompt, at least
 MIN_STEPS = 60  # of training on pairs, by reading few of them several times
 MAX_EPOCHS = 10
+MANY_PAIRS = 2000  # for which the settings of the built-in tasks will do
 
 
 @dataclass(frozen=True)
@@ -209,17 +210,26 @@ def contents(folder: Path, _: tuple) -> Contents:
                      "block_size": block}, left_out)
 
 
+def state_of(path: Path) -> tuple:
+    """What changes when a file is written."""
+    return path, path.stat().st_size, path.stat().st_mtime_ns
+
+
 def read(folder: Path) -> Contents:
-    state = tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns)
-                  for path in files_of(folder))
-    return contents(folder, state)
+    return contents(folder, tuple(state_of(path) for path in files_of(folder)))
+
+
+@functools.lru_cache
+def checksum(path: Path, *_: int) -> str:
+    """A file's sha256; settings are asked for many times in a run, and files may be large."""
+    return sha256(path)
 
 
 # ---- the task, and its prepared folder -----------------------------------------------------------
 
 def on_pairs(pairs: int) -> dict:
     """Settings of a script that learns from so many pairs."""
-    batch_size = 32 if pairs >= 2000 else 16
+    batch_size = 32 if pairs >= MANY_PAIRS else 16
     epochs = min(MAX_EPOCHS, max(1, round(MIN_STEPS * batch_size / pairs)))
     return dict(batch_size=batch_size, epochs=float(epochs),
                 warmup=max(1, round(epochs * pairs / batch_size / 10)))  # a tenth of the steps
@@ -234,7 +244,8 @@ def task(folder: Path) -> Task:
     while samples < 64 and samples * sizes["prompts_train"] < 128:
         samples *= 2
     pairs = on_pairs(sizes["pairs_train"]) if sizes["pairs_train"] else {}
-    steps = min(2000, max(300, sizes["train"] * 20 // 32))  # 20 passes, where they are few
+    # eight passes: with twenty, a few hundred documents are learned by heart
+    steps = min(2000, max(100, sizes["train"] * 8 // 32))
     return Task(labels="bt", label_scale=1.0, gold_reward=None, folder=folder, presets={
         "cpu": Preset(
             pair_prompts=0, pair_samples=0,
@@ -244,7 +255,8 @@ def task(folder: Path) -> Task:
                 "sft": dict(block_size=sizes["block_size"], steps=steps, warmup=steps // 10),
                 "sft chosen": dict(steps=max(MIN_STEPS, sizes["pairs_train"] // 32), lr=5e-4,
                                    warmup=MIN_STEPS // 10),
-                "dpo": pairs,
+                # gentler than the built-in tasks': an SFT policy of so few texts soon falls apart
+                "dpo": pairs | (dict(lr=1e-4) if sizes["pairs_train"] < MANY_PAIRS else {}),
                 "reward_model": pairs,
                 "ppo": dict(batch_size=128, samples=samples),
                 "reinforce": dict(batch_size=128, samples=max(4, samples)),
@@ -261,7 +273,7 @@ def check_sources(folder: Path) -> dict | None:
     meta = read_json_object(prepared / "meta.json", "sources", "sizes")
     now = {path.name: path for path in files_of(folder)}
     for name in sorted(now.keys() | meta["sources"].keys()):
-        if name not in now or sha256(now[name]) != meta["sources"].get(name):
+        if name not in now or checksum(*state_of(now[name])) != meta["sources"].get(name):
             how = ("is new" if name not in meta["sources"] else
                    "has changed" if name in now else "is gone")
             fail(f"{folder / name}: {how} since {prepared} was made: delete {prepared} to prepare "

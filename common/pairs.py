@@ -9,7 +9,8 @@ the Hugging Face preference format become this one when they are read:
                       (Anthropic's HH), or else up to where the word begins in which they part
     message lists     [{"role", "content"}, ...] for chosen and rejected, and for prompt where there
                       is one; a message of the user is written as "\\n\\nHuman: ...", others as
-                      "\\n\\nAssistant: ..." or "\\n\\nSystem: ..."; a prompt ends with "\\n\\nAssistant:"
+                      "\\n\\nAssistant: ..." or "\\n\\nSystem: ..."; a prompt ends with
+                      "\\n\\nAssistant:"
 """
 from __future__ import annotations
 

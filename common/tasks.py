@@ -75,7 +75,8 @@ def is_own(dataset: str) -> bool:
     is no task."""
     if "/" in dataset or os.sep in dataset:
         return True
-    return not (ROOT / "data" / dataset / "prepare.py").exists() and Path(dataset).is_dir()
+    is_task = (ROOT / "data" / dataset / "prepare.py").exists()
+    return dataset != "" and not is_task and Path(dataset).is_dir()
 
 
 def own_pairs(dataset: str) -> str:

@@ -104,7 +104,7 @@ LOGPROBS = "logprobs = chosen - logits.exp().sum(1).log()  # (N,)"
 MASK = """\
     mask = response_mask(prompt_lengths, lengths)
     # (N,) each: all response tokens"""
-LOSSES = "config, chosen_logprobs, rejected_logprobs, *ref_logprobs[:, rows])"
+LOSSES = "config, chosen_logprobs, rejected_logprobs, *ref_logprobs[:, rows],"
 PENALTY = "    rewards = -beta * (logprobs - ref_logprobs) * mask"
 WHITEN = ("advantages = whiten(advantages, mask)  "
           "# after the returns, which are in units of the reward")
@@ -141,14 +141,14 @@ BUGS = [
         "nothing holds the policy: the KL explodes.",
         "DPO", "dpo.py", LOSSES,
         "config, chosen_logprobs, rejected_logprobs, chosen_logprobs.detach(),\n"
-        "                rejected_logprobs.detach())", ("late", "loss"),
+        "                rejected_logprobs.detach(),", ("late", "loss"),
         "dpo: micro_batches_change_nothing_and_accuracy_is_a_mean_over_pairs"),
     Bug("swapped", 0, "",
         "Chosen and rejected are the wrong way round in training.",
         "The policy learns the opposite, as well as it would have learned the right thing: loss "
         "and accuracy look the same, and only what is not swapped can tell.",
         "DPO", "dpo.py", LOSSES,
-        "config, rejected_logprobs, chosen_logprobs, *ref_logprobs[:, rows].flip(0))",
+        "config, rejected_logprobs, chosen_logprobs, *ref_logprobs[:, rows].flip(0),",
         ("end", "held_out_accuracy"),
         "dpo: first_step_is_the_definition"),
     Bug("dropout", 18, "huggingface/trl/pull/639",

@@ -29,6 +29,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(OFFLINE), os.enviro
 runpy.run_path(str(OFFLINE / "sitecustomize.py"))
 
 import data.reviews  # noqa: E402  (after the path is set)
+import evaluate  # noqa: E402
 import sft  # noqa: E402
 from common import tasks, training  # noqa: E402
 from common.files import write_jsonl  # noqa: E402
@@ -52,6 +53,15 @@ def signals():
     background ignores SIGINT, and a training that a test has broken off leaves its own handlers."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+draw_progress = evaluate.draw_progress
+
+
+@pytest.fixture(autouse=True)
+def no_figure_on_the_way(monkeypatch):
+    """A figure at every evaluation takes a third of a second; `draw_progress` above draws it all the same."""
+    monkeypatch.setattr(evaluate, "draw_progress", lambda *_: None)
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,7 @@ import sft
 from common import pipeline, tasks
 from common.files import sha256
 from common.rewards import classifier_logits, exact_reward
-from conftest import log_of, tiny_gpt
+from conftest import draw_progress, log_of, tiny_gpt
 from data.reviews.grammar import gold_reward
 from common.tokenizer import Tokenizer, train_bpe
 from evaluate import (Bank, PolicySamples, best_of_n_kl, best_of_n_weights, beta_at, effective_sample_size, optimal_curve,
@@ -323,6 +324,38 @@ def test_a_measurement_is_the_tables_row_of_the_same_samples(start, tmp_path, mo
     names = ("reward", "reward_se", "kl", "kl_se", "length", "length_se")
     assert found == again == {"step": 7} | {f"eval_{name}": row[name] for name in names}
     assert abs(of_ref["eval_kl"]) < 1e-5 < 0.1 < found["eval_kl"]
+
+
+def test_the_committed_curve_has_the_betas_of_the_curve():
+    """Where the curve ends depends on its betas, and so does what the README says of the largest KL."""
+    path = Path(__file__).resolve().parents[1] / "results" / "reviews" / "bank" / "curve.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    committed = [row["beta"] for row in rows if row["curve"] == "optimum"]
+    rewards = torch.rand(20, 4096, generator=torch.Generator().manual_seed(0))
+    betas = [point["beta"] for point in evaluate.optimal_curve(rewards)]
+    assert len(committed) > 40 and betas[:len(committed)] == pytest.approx(committed, rel=1e-9)
+
+
+@pytest.mark.parametrize("scored", [True, False])
+def test_the_figure_on_the_way_has_the_evaluations_so_far(scored, tmp_path):
+    """Reward against KL under the optimum, or the KL over the steps where there is no reward; figure.png is a whole file."""
+    rows = [{"step": step, "loss": 1.0} for step in range(3)]
+    rows[1:1] = [{"step": 1, "eval_kl": 0.5, "eval_reward": 0.6, "eval_length": 9.0}]
+    rows += [{"step": 3, "eval_kl": 1.5, "eval_reward": 0.7, "eval_length": 9.0}]
+    bank = evaluate.Bank(["a"], torch.rand(1, 32) if scored else None, torch.ones(1, 32), [[]])
+    lines, figure = [], evaluate.figure
+
+    @contextlib.contextmanager
+    def kept(path):
+        with figure(path) as (drawn, axis):
+            yield drawn, axis
+            lines.extend(axis.get_lines())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "figure", kept)
+        draw_progress(SimpleNamespace(folder=tmp_path, rows=rows), bank)
+    x, y = lines[0].get_data()
+    assert (list(x), list(y)) == (([0.5, 1.5], [0.6, 0.7]) if scored else ([1, 3], [0.5, 1.5]))
+    assert len(lines) == (2 if scored else 1) and (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
 STEPS = 6  # of the runs below

@@ -409,11 +409,11 @@ PAGE = next(path for path in sorted((clone.ROOT / "docs").rglob("*.md")) if "###
 
 
 def test_the_pages_folder_and_tables(tmp_path, monkeypatch, capsys):
-    """Its script writes 300 pairs and 300 texts; its tables are those of the committed runs of its two commands."""
+    """Its script writes 300 pairs and 2,000 texts; its tables are those of the committed runs of its two commands."""
     monkeypatch.chdir(tmp_path)
     page = PAGE.read_text(encoding="utf-8")
     write_the_pages_folder()
-    assert len(read_pairs("qa/pairs.jsonl")) == len(own_data.read_texts([Path("qa/texts.jsonl")])) == 300
+    assert len(read_pairs("qa/pairs.jsonl")) == 300 and len(own_data.read_texts([Path("qa/texts.jsonl")])) == 2000
     for name in ("dpo", "ppo"):
         run = json.loads((clone.ROOT / f"results/own_data/{name}.json").read_text())
         evaluate.print_table(run["table"], run["gold"], "reward")

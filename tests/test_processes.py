@@ -38,14 +38,9 @@ def letters(prompts, responses):
         file.write("called\\n")
     return [sum(map(response.count, "aeiou")) / 10 - len(response) / 100 for response in responses]
 """
-<<<<<<< HEAD
-ONE_THREAD = {**clone.environment(), "OMP_NUM_THREADS": "1", "WITHOUT_COMPILER": ""}
+ONE_THREAD = {**clone.environment(), "OMP_NUM_THREADS": "1"}
 # runs scripts, one after another, in the processes that torchrun starts; or in FORKS copies of itself, which spares each of
 # them the import of torch and of its compiler
-=======
-# runs scripts, one after another, in the processes that torchrun starts; or, which is as many seconds less for each as torch and
-# its compiler take to be imported, in FORKS copies of itself
->>>>>>> parent of 7ee5ab7 (Tests: processes that clone.py starts do without torch's compiler (a second of CPU for each of ten that train))
 DRIVER = """
 import json, os, sys
 from pathlib import Path
