@@ -313,7 +313,7 @@ simulated: mean of {len(simulated[0])} labellers who are right {right:.0%} of th
 """, end="")
     gain = you["reward"] - sft["reward"]
     error = math.hypot(you["reward_se"], sft["reward_se"])
-    print(f"your {you['pairs']} pairs buy DPO {gain:+.3f} +- {error:.3f} of gold reward"
+    print(f"your {you['pairs']} pairs buy DPO {gain:+.3f} +- {error:.3f} gold reward"
           + verdict(gain, error))
     if len(simulated) == 2:  # of the same seeds, so their differences are compared
         before, after = simulated

@@ -163,17 +163,17 @@ def train(config: Config) -> Path:
     model.mean.fill_(scores.mean().item())
     # equal scores have no scale
     model.std.fill_(scores.std().item() if scores.std() > 1e-6 else 1.0)
-    chosen_scores, rejected_scores = scores.view(2, -1)[:,
-                                                        held_rows if len(held_rows) else train_rows]
-    result = {
-        "step": steps, "seconds": run.seconds(), **pair_accuracy(chosen_scores, rejected_scores)
-    }
+    result = {"step": steps, "seconds": run.seconds()}
+    if len(held_rows):
+        result |= pair_accuracy(*scores.view(2, -1)[:, held_rows])
     run.log(**result)
     run.finish(model, start.tokenizer)
     if not len(held_rows):
         print("no pairs are held out: this is about those that it was trained on")
     for name, value in result.items():
         print(f"{name.replace('_', ' '):36} {value:.4g}")
+    if not len(held_rows):
+        print("no pair is held out: there are too few of them, or of their prompts")
     print_scored(start, held_rows.tolist()[:3], scores.view(2, -1), model)
     print(f"  ->  {run.folder}")
     return run.folder

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from common import fail
+from common import fail, short
 from common.files import (check_field, read_json_object, read_jsonl, read_lines, sha256,
                           write_jsonl)
 from common.pairs import SEED, Pair, encode_pairs, read_pairs, split
@@ -150,7 +150,6 @@ def block_for(documents: list[dict], pairs: list[Pair], prompts: list[str],
     """Tokens of prompt and response that there must be room for: whole pairs, documents up to
     LONGEST_DOCUMENT, and ROOM to answer any prompt."""
     texts = [row.get("prompt", "") + row["text"] for row in documents]
-    prompts = prompts + [row.get("prompt", "") for row in documents]
     of_texts = 2 + max(map(len, tokenizer.encode_batch(texts)))  # <bos> and <eos>
     of_prompts = 1 + max(map(len, tokenizer.encode_batch(prompts)))
     of_pairs = [len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs]
@@ -199,11 +198,11 @@ def contents(folder: Path, _: tuple) -> Contents:
     size = sum(len(text.encode()) for text in learned)  # bytes
     tokenizer = train_bpe(learned, min(4096, max(320, size // 64)))
     encoded = encode_pairs(pairs, tokenizer, LARGEST_BLOCK, pairs_file) if pairs else []
-    block = block_for(train + test, encoded, [row["prompt"] for part in prompts for row in part],
-                      tokenizer)
+    asked = [row.get("prompt", "") for part in (*prompts, train, test) for row in part]
+    block = block_for(train + test, encoded, asked, tokenizer)
     if block > LARGEST_BLOCK:
         fail(f"{folder}: a prompt needs a block of {block} tokens to be answered, expected at most "
-             f"{LARGEST_BLOCK}")
+             f"{LARGEST_BLOCK}: {short(max(asked, key=len), 40)!r}")
     rows = {"train": train, "test": test, "prompts_train": prompts[0], "prompts_test": prompts[1]}
     return Contents({f"{name}.jsonl": part for name, part in rows.items()}, tokenizer,
                     {**{name: len(part) for name, part in rows.items()},

@@ -161,3 +161,12 @@ def test_equal_scores_have_no_scale_and_divide_nothing(sft_run, pairs_file, tmp_
     _, folder = run_on_pairs(sft_run, pairs_file, tmp_path / "rm", lr=1e-30)
     model, _ = load_run(folder, ScalarModel)
     assert model.std == 1 and model.score(torch.tensor([[1, 2, 3]]), torch.tensor([3])).isfinite().all()
+
+
+def test_what_was_trained_on_is_not_called_held_out(sft_run, tmp_path, capsys):
+    """Pairs of one prompt: none can be held out, so no accuracy is told."""
+    write_jsonl(path := tmp_path / "pairs.jsonl",
+                ({"prompt": "This film", "chosen": f" good {i}", "rejected": f" bad {i}"} for i in range(30)))
+    log, _ = run_on_pairs(sft_run, path, tmp_path / "rm")
+    said = capsys.readouterr().out
+    assert "no pair is held out" in said and "accuracy" not in said and set(log[-1]) == {"step", "seconds"}
