@@ -300,8 +300,8 @@ def best_of_n_line(bank: evaluate.Bank, scale: Scale) -> Line:
 
 
 def markdown(lines: list[Line], bank: evaluate.Bank) -> str:
-    """The table as it stands in results/<dataset>/README.md. Where no method has several settings there are no
-    columns for the KLs, and so no line for best of n."""
+    """The table as it stands in results/<dataset>/README.md. Where no method has several settings
+    there are no columns for the KLs, and so no line for best of n."""
     kls = KLS if any(line.at for line in lines if line.kind == "method") else ()
     head = [*(f"at {kl:g} nat{'s' if kl > 1 else ''}" for kl in kls),
             "largest reward", "its KL", "length", "seconds", "sampled", "scored"]

@@ -239,8 +239,10 @@ def test_the_tests_named_beside_the_known_bugs_exist():
 
 
 def test_every_root_file_is_in_the_table():
+    """But for what the reader has put there: those files have no card that names their own command."""
     for path in ROOT.glob("*.py"):
-        assert f"[`{path.name}`]" in README, path.name
+        if f"python {path.name}" in path.read_text(encoding="utf-8") or path.name == "model.py":
+            assert f"[`{path.name}`]" in README, path.name
 
 
 # ---- the pages themselves --------------------------------------------------------------------------------------------
