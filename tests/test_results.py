@@ -126,6 +126,10 @@ def difference(a, b, kl):
     return f"{signed(a.reward - b.reward, '.3f')} ± {math.hypot(a.se, b.se):.3f}"
 
 
+def agree_of_pairs():
+    return json.loads((RESULTS / "reviews/pairs-bt/config.json").read_text())["labels_agree_with_gold"]
+
+
 def reviews():
     methods = frontier.by_method(rows("reviews/frontier/results.jsonl"))
     dpo, ppo, ppo_gt = methods["DPO"], methods["PPO"], methods["PPO-GT"]
@@ -235,6 +239,33 @@ def reviews():
     yield (f"With one pass REINFORCE is {below[0]:.0f} to {below[1]:.0f} points below PPO-GT, which makes two, at the same "
            f"KL; four passes are {found['PPO, 4 epochs'][1]:.1f} above it")
     yield f"λ = 0.95 is {found['PPO, lam 0.95'][1]:.1f} points above λ = 1 at the same KL"
+
+    # ---- other losses: where they end, and what is read off chords at 4 nats
+    own = ends(rows("reviews/frontier-losses/results.jsonl"))
+    for method, setting in dict.fromkeys((one["method"], one["setting"]) for one in own):
+        runs = [one for one in own if (one["method"], one["setting"]) == (method, setting)]
+        assert len(runs) == 3
+        yield cells(f"{method}, {setting.replace('beta', 'β =')}", pm(column(runs, "reward"), ".3f"), pm(column(runs, "kl"), ".2f"))
+    losses = frontier.by_method(rows("reviews/frontier-losses/results.jsonl"))
+
+    def at_4(paths):
+        best = frontier.best_at(paths, 4)
+        return f"{best.reward:.3f} ± {best.se:.3f}"
+    yield (f"DPO has {at_4(losses['DPO'])}, with label smoothing {at_4(losses['DPO, label smoothing 0.2'])}, "
+           f"IPO {at_4(losses['IPO'])}")
+    yield f"PPO on the same pairs has {at_4(ppo)} there"
+    smooth, plain = ([one for one in own if (one["method"], one["setting"]) == (method, "beta 0.1")]
+                     for method in ("DPO, label smoothing 0.2", "DPO"))
+    yield f"after {pm(column(smooth, 'kl'), '.2f')} nats in place of {pm(column(plain, 'kl'), '.2f')}"
+    limit = evaluation("reviews/dpo-beta0.1-seed0")["table"]["optimum, where theory ends"]["kl"]
+    yield f"the limit in theory is at {limit:.2f}"
+    kl = statistics.mean(column(smooth, "kl"))
+    chord = frontier.reward_at([{"kl": statistics.mean(column(part, "kl")), "reward": statistics.mean(column(part, "reward"))}
+                                for part in ([one for one in own if one["method"] == "DPO" and one["setting"] == setting]
+                                             for setting in ("beta 0.3", "beta 0.1"))], kl)
+    yield f"Its {pm(column(smooth, 'reward'), '.3f')} there is above the chord between DPO's ends ({chord:.3f})"
+    yield f"Below {kl:.2f} nats no run with label smoothing ends"
+    yield f"({1 - agree_of_pairs():.0%} of them are; label smoothing 0.2)"
 
     # ---- single runs
     steps = {run: evaluation(f"reviews/{run}") for run in ("dpo-beta0.1-seed0", "dpo-beta0.1-seed1", "dpo-beta0.1-seed2",
@@ -802,7 +833,7 @@ KNOWN = ("section 6.1", "Python 3.11 or newer",
 
 # ---- the tables that a command wrote -----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("grid", ["frontier", "frontier-why", "frontier-ablation"])
+@pytest.mark.parametrize("grid", ["frontier", "frontier-why", "frontier-ablation", "frontier-losses"])
 def test_the_frontiers_tables_are_what_the_command_makes_of_the_rows(grid, monkeypatch):
     """Shares of the optimum and differences, too. The bank is not committed; its curves are."""
     scale = reviews_scale()
