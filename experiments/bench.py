@@ -45,7 +45,7 @@ import torch.nn as nn
 
 import bt
 import dagger
-from common.processes import WORLD, add_gradients, mine, share
+from common.processes import WORLD, add_gradients, agree, mine, share
 from common.settings import changed, command, parse, require, require_numbers, settings
 from common.training import adamw, autocast, batches, device, pad
 from dpo import dpo_loss
@@ -522,6 +522,8 @@ def main(config: Config) -> None:
             time_step(name, config, peak)
         else:
             others[name]()
+    # together: a process that leaves while another still listens to it can abort both
+    agree(0)
 
 
 if __name__ == "__main__":
