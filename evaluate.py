@@ -347,7 +347,7 @@ class Report:
     # and the policy say
     examples: list[tuple[str, str, str]] = field(default_factory=list)
 
-    def show(self, count: int = SHOWN) -> None:
+    def show(self) -> None:
         """Print the table, and the first responses of SFT and of the policy to the first prompts
         with their rewards; what there is of the user's own pairs comes first."""
         if self.pairs:
@@ -357,7 +357,7 @@ class Report:
         if self.examples:
             print("\nOf the task's own prompts, which these pairs need not be about:")
         print_table(self.rows, self.bank.gold, self.bank.column)
-        for i in range(0 if self.examples else min(count, len(self.bank.prompts))):
+        for i in range(0 if self.examples else min(SHOWN, len(self.bank.prompts))):
             before, after = "", ""  # their rewards, if there are any
             if self.bank.rewards is not None:
                 before = f"{self.bank.rewards[i, 0]:.2f}  "

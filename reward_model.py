@@ -168,8 +168,6 @@ def train(config: Config) -> Path:
         result |= pair_accuracy(*scores.view(2, -1)[:, held_rows])
     run.log(**result)
     run.finish(model, start.tokenizer)
-    if not len(held_rows):
-        print("no pairs are held out: this is about those that it was trained on")
     for name, value in result.items():
         print(f"{name.replace('_', ' '):36} {value:.4g}")
     if not len(held_rows):
