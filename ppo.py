@@ -98,7 +98,9 @@ class Config:
     # ---- optimisation
     micro_batch_size: int = 64  # Responses per forward pass, of similar length. Same gradient.
     lr: float = 5e-4  # Learning rate of the policy after the warm-up, falling linearly to 0.
-    warmup: int = 10  # Updates of linear warm-up of --lr, while the value network learns.
+    warmup: int = 10  # Updates of linear warm-up of --lr, after those of --value-warmup.
+    value_warmup: int = 0  # Updates at the start in which the value network alone learns, from
+    # responses of the reference.
     value_lr: float = 2e-3  # Learning rate of the value network, falling linearly to 0; no warm-up.
     max_grad_norm: float = 1.0  # Norm at which gradients are clipped, each network by itself.
     seed: int = 0  # Seed of prompts, responses and minibatches.
@@ -120,8 +122,10 @@ class Config:
             self,
             above_0="beta horizon steps batch_size samples epochs minibatches micro_batch_size "
             "clip value_clip lr value_lr warmup max_grad_norm",
-            from_0="target_kl prompts pairs_seed missing_eos_penalty seed evaluate_every "
-            "bank_samples checkpoint_every")
+            from_0="target_kl prompts pairs_seed missing_eos_penalty value_warmup seed "
+            "evaluate_every bank_samples checkpoint_every")
+        require(self.value_warmup < self.steps,
+                f"--value-warmup {self.value_warmup}: must be less than --steps {self.steps}")
         require(0 <= self.lam <= 1, f"--lam {self.lam}: must be in [0, 1]")
         require(self.batch_size % self.samples == 0,
                 f"--batch-size {self.batch_size}: must be a multiple of --samples {self.samples}")
@@ -284,7 +288,9 @@ def train(config: Config) -> Path:
         if config.evaluate_every and step % config.evaluate_every == 0:
             evaluate.log_evaluation(run, step, policy, start)
         to_go = 1 - step / config.steps  # both learning rates fall linearly to 0
-        lr = config.lr * min(1, (step + 1) / config.warmup) * to_go
+        # the policy stands still at first: steered by a critic that knows nothing it goes astray
+        policy_steps = max(0, step + 1 - config.value_warmup)
+        lr = config.lr * min(1, policy_steps / config.warmup) * to_go
         set_lr([policy_optimizer], lr)
         set_lr([value_optimizer], config.value_lr * to_go)
 
@@ -392,7 +398,7 @@ def train(config: Config) -> Path:
         row["explained_variance"] = 1 - (unexplained / total).item()
         run.log(**row, **found, grad_norm=grad_norm, lr=lr)
         warn_of_collapse(run, step, responses)
-        if config.target_kl:
+        if config.target_kl and policy_steps:
             state["beta"] = adapted(beta, row["kl"], config.target_kl, config.horizon, B)
         bar.set_postfix_str(f"score {row['raw_scores']:.3f}, KL {row['kl']:.2f}, beta {beta:.3f}")
         run.checkpoint(step + 1)

@@ -18,6 +18,7 @@ import dpo
 import ppo
 import reinforce
 import sft
+import vargrad
 from common import fail, tasks
 from common.files import read_json_object
 from common.pairs import read_pairs
@@ -26,7 +27,8 @@ from common.settings import ROUNDING_ONLY, defaults_of, label, parse, require, r
 from common.user_code import own_loss
 from experiments.sweep import PlannedRun
 
-SCRIPTS = {"sft.py": sft, "dpo.py": dpo, "reinforce.py": reinforce, "ppo.py": ppo}
+SCRIPTS = {"sft.py": sft, "dpo.py": dpo, "reinforce.py": reinforce, "ppo.py": ppo,
+           "vargrad.py": vargrad}
 # flags that are the same for all runs of a sweep, and so in no command of a grid
 SHARED = {"dataset", "preset", "sft", "init", "dtype", "device", "seed", "pairs_seed", "out",
           "resume", "help"}

@@ -41,7 +41,7 @@ from test_faults import tree
 ALGORITHMS = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "reinforce": reinforce, "ppo": ppo}
 CONFIGS = {**ALGORITHMS, "classifier": classifier, "bt": bt, "preference_rl": preference_rl, "dagger": dagger,
            "experiments/frontier": frontier, "experiments/scaling": scaling, "experiments/winrate": winrate}
-for name in ("derive", "dueling", "label", "experiments/quiz", "experiments/distill", "experiments/bench", "experiments/memory"):
+for name in ("vargrad", "derive", "dueling", "label", "experiments/quiz", "experiments/distill", "experiments/bench", "experiments/memory"):
     CONFIGS[name] = importlib.import_module(name.replace("/", "."))
 SOURCES = [path for pattern in ("*.py", "common/*.py", "experiments/*.py", "data/*.py", "data/*/*.py")
            for path in clone.ROOT.glob(pattern)]
@@ -193,7 +193,8 @@ def test_a_flag_that_would_be_ignored_is_refused(refused):
     for script in ("reward_model", "dpo"):
         assert "--pairs-seed: not with --pairs" in refused(script, "--pairs-seed", "5", "--pairs", "pairs.jsonl")
     assert "--pairs-seed: needs --on chosen" in refused("sft", "--pairs-seed", "5")
-    assert "--pairs-seed: needs --reward model" in refused("reinforce", "--pairs-seed", "5", "--reward", "gold")
+    for script in ("reinforce", "vargrad"):
+        assert "--pairs-seed: needs --reward model" in refused(script, "--pairs-seed", "5", "--reward", "gold")
     assert "--evaluate-every: needs --on chosen" in refused("sft", "--evaluate-every", "5")
 
 
@@ -623,7 +624,7 @@ def test_a_real_process_says_one_line_and_exits_1_at_once(root, tmp_path):
 
 def test_import_draws_in_no_library_that_only_some_runs_need():
     """--help and every mistake wait for the imports, so figures and GPT-2 weights are imported where they are used."""
-    program = ("import sys, sft, reward_model, classifier, dpo, reinforce, ppo, evaluate, sample, bt, dueling, preference_rl, dagger\n"
+    program = ("import sys, sft, reward_model, classifier, dpo, vargrad, reinforce, ppo, evaluate, sample, bt, dueling, preference_rl, dagger\n"
                "from experiments import frontier, winrate, scaling\n"
                "print(*{name.split('.')[0] for name in sys.modules})")
     modules = subprocess.run([sys.executable, "-c", program], cwd=clone.ROOT, capture_output=True, text=True, check=True,

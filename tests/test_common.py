@@ -20,6 +20,7 @@ import ppo
 import reinforce
 import reward_model
 import sft
+import vargrad
 from common import settings, tasks
 from common.run import Run
 from common.settings import command, field_notes, label, parse, require, run_folder, typed
@@ -28,7 +29,7 @@ from common.training import Mean, adamw, autocast, batches, fingerprint, generat
 from conftest import tiny_gpt
 from model import GPTConfig, ScalarModel
 
-ALGORITHMS = [sft, reward_model, classifier, dpo, reinforce, ppo]
+ALGORITHMS = [sft, reward_model, classifier, dpo, vargrad, reinforce, ppo]
 LENGTHS = torch.randint(5, 60, (203,), generator=torch.Generator().manual_seed(0))
 
 

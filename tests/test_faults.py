@@ -29,6 +29,7 @@ import ppo
 import reinforce
 import reward_model
 import sft
+import vargrad
 from common import files, pipeline, rewards, run as run_module, tasks
 from common.run import Run, load_checkpoint, save_checkpoint, save_tensors
 from common.tokenizer import Tokenizer
@@ -41,7 +42,9 @@ STAGES = {"sft": clone.TINY,
           "dpo": "--sft {work}/runs/reviews/sft --pairs {work}/pairs.jsonl --batch-size 4 --epochs 12 --bank-samples 8".split(),
           "ppo": "--sft {work}/runs/reviews/sft --reward gold --bank-samples 8 --batch-size 8 --steps 16 --minibatches 2 --warmup 3 --lr 5e-3 "
                  "--target-kl 0.5 --horizon 20".split(),
-          "reinforce": "--sft {work}/runs/reviews/sft --reward gold --bank-samples 8 --batch-size 8 --steps 16 --warmup 3 --lr 5e-3".split()}
+          "reinforce": "--sft {work}/runs/reviews/sft --reward gold --bank-samples 8 --batch-size 8 --steps 16 --warmup 3 --lr 5e-3".split(),
+          "vargrad": "--sft {work}/runs/reviews/sft --reward gold --bank-samples 8 --batch-size 8 --samples 4 --steps 16 --replay 1 "
+                     "--warmup 3 --lr 5e-3".split()}
 EVERY_STEP = ("--checkpoint-every", "0")
 
 
@@ -586,7 +589,8 @@ def test_no_file_we_load_runs_code(packed, root, work, tmp_path, monkeypatch, ca
 
 LOSSES = {"sft": (sft, "response_logprobs", "loss = nan"), "reward_model": (reward_model, "reward_loss", "loss = nan"),
           "dpo": (dpo, "dpo_loss", "chosen_reward = nan"), "ppo": (ppo, "compute_rewards", "value_loss = nan"),
-          "reinforce": (reinforce, "leave_one_out", "loss = nan"), "classifier": (classifier, "prefix_loss", "loss = nan")}
+          "reinforce": (reinforce, "leave_one_out", "loss = nan"), "vargrad": (vargrad, "variance_loss", "loss = nan"),
+          "classifier": (classifier, "prefix_loss", "loss = nan")}
 
 
 @pytest.mark.parametrize("stage", LOSSES)

@@ -30,6 +30,8 @@ STAGES = {
     "dpo": f"{POLICY} --pairs {{work}}/pairs.jsonl --epochs 5 --bank-samples 8".split(),
     "reinforce": f"{POLICY} --reward {{work}}/own.py:letters --bank-samples 8 --samples 3 --steps 20 --warmup 3 "
                  "--lr 1e-4".split(),
+    "vargrad": f"{POLICY} --reward {{work}}/own.py:letters --bank-samples 8 --samples 2 --replay 1 --steps 20 --warmup 3 "
+               "--lr 1e-4".split(),
     "ppo": f"{POLICY} --reward {{work}}/own.py:letters --bank-samples 8 --steps 20 --minibatches 1 --warmup 3 "
            "--lr 1e-4 --value-lr 1e-4 --target-kl 0.5 --horizon 20".split()}
 OWN = """
@@ -53,12 +55,12 @@ for rank in range(1, int(os.environ.get("FORKS", 1))):
         copies = []
         break
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
-import clone, ppo, reinforce
+import clone, ppo, reinforce, vargrad
 from common import processes
 root, work, stages = Path(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
 processes.join()
 texts, generate = [], ppo.generate
-ppo.generate = reinforce.generate = lambda *given, **named: texts.append(generate(*given, **named)) or texts[-1]
+ppo.generate = reinforce.generate = vargrad.generate = lambda *given, **named: texts.append(generate(*given, **named)) or texts[-1]
 for stage, argv in stages.items():
     texts.clear()
     stopped = clone.run_here(root, work, stage, *argv)
@@ -147,9 +149,9 @@ def assert_same_run(one: Path, other: Path, stage: str, steps: int = 20) -> None
 
 @pytest.mark.parametrize("world, more", [(3, ()), (2, ("--shard",))], ids=["3", "2 sharded"])
 def test_several_processes_make_the_run_of_one(world, more, root, work):
-    """sft, reward_model, dpo, reinforce and ppo; the user's reward is asked once, by one process.
+    """sft, reward_model, dpo, reinforce, vargrad and ppo; the user's reward is asked once, by one process.
 
-    PPO and REINFORCE sample the same texts, up to rounding: where a uniform number comes within 1e-6 or so of the border
+    PPO, VarGrad and REINFORCE sample the same texts, up to rounding: where a uniform number comes within 1e-6 or so of the border
     between two tokens, another number of rows in a matrix product may tip it, once in thousands of tokens. From there on
     the runs are two runs, and are not compared."""
     out = f"{world}{''.join(more)}"
@@ -159,7 +161,7 @@ def test_several_processes_make_the_run_of_one(world, more, root, work):
     launch(root, work, world, stages)
     for stage in stages:
         same = 20
-        if stage in ("reinforce", "ppo"):
+        if stage in ("reinforce", "vargrad", "ppo"):
             one, other = (json.loads((work / f"texts-{stage}-{n}.json").read_text()) for n in (1, world))
             assert len(one) == len(other) == 21  # those that scores are counted from, and 20 rollouts
             same = next((i - 1 for i in range(21) if one[i] != other[i]), 20)
@@ -167,7 +169,7 @@ def test_several_processes_make_the_run_of_one(world, more, root, work):
         assert_same_run(work / "one" / stage, work / out / stage, stage, same)
     asked = len((work / "calls.txt").read_text().splitlines())
     # tried once, then for 21 batches, and for what is reported: the responses of the bank and of the trained policy
-    assert asked == (1 + 21 + 2) * len({"reinforce", "ppo"} & stages.keys())
+    assert asked == (1 + 21 + 2) * len({"reinforce", "vargrad", "ppo"} & stages.keys())
 
 
 def test_kill_all_and_resume(root, work, tmp_path):

@@ -12,7 +12,7 @@ TASK = Task(
         "cpu": Preset(
             pair_prompts=1600, pair_samples=4,
             bank_prompts=128, bank_samples=256,
-            evaluate_every={"sft": 25, "dpo": 25, "ppo": 5, "reinforce": 5},
+            evaluate_every={"sft": 25, "dpo": 25, "ppo": 5, "reinforce": 5, "vargrad": 5},
             minutes={"sft": 0.7, "pairs": 0.3, "bank": 0.4, "reward_model": 0.4},
             settings={
                 "sft chosen": dict(steps=300, lr=5e-4),  # one pass over the pairs
