@@ -18,14 +18,13 @@ and run anew. The table has policies that ran: of the settings that no mixture o
 one that ends nearest to each of a few KLs, and the one with the largest reward. They are chosen on
 the prompts that they are reported on.
 
-Methods are compared at exactly the same KL by interpolation: on the upper concave hull of a
-method's ends and the reference. A point of it is on the line between two policies. Whoever draws
-each response from one of the two, by chance, has just that mean reward, and at most that mean KL,
-as KL is convex: so the line is never above what policies that ran can have. It may be too low, the
-more so the further apart the two are. It is read between a method's own ends only.
+At exactly the same KL methods are compared by interpolation, on the upper concave hull of the ends
+and the reference. Its points lie between two policies: whoever draws each response from one of the
+two, by chance, has just that mean reward, and at most that mean KL, as KL is convex. So it is never
+above what policies that ran can have; it may be too low. It is read between a method's ends only.
 
 Standard errors: the deviation between seeds, pooled over all settings of a method, as three seeds
-of one setting say little; never below the error of the evaluations themselves.
+of one say little; never below the error of the evaluations themselves.
 
 Reads   what the scripts need, built if it is missing
 Writes  runs/<dataset>/frontier/ (or frontier-why/, frontier-FILE/, ...): the runs, results.jsonl
@@ -146,7 +145,7 @@ def at_the_end(run: PlannedRun, evaluations: list[dict]) -> dict:
 
 @dataclass
 class End:
-    """Where the runs of one setting end."""
+    """Where the runs of a setting end."""
     setting: str
     rows: list[dict]  # the last evaluation of every seed
 
@@ -182,23 +181,19 @@ class Method:
         return [End(setting, rows) for setting, rows in found.items()]
 
     @cached_property
-    def seeds(self) -> int:
-        return min(len(end.rows) for end in self.ends)
-
-    @cached_property
     def error_of_seeds(self) -> float:
         """What an end's reward varies by with the seeds: their standard deviation, pooled over all
         settings, / sqrt(seeds). 0 for one seed, of which nobody knows."""
         squares = sum((row["reward"] - end.reward) ** 2 for end in self.ends for row in end.rows)
-        freedom = sum(len(end.rows) - 1 for end in self.ends)
-        return math.sqrt(squares / max(1, freedom) / self.seeds)
+        counts = [len(end.rows) for end in self.ends]
+        return math.sqrt(squares / max(1, sum(counts) - len(counts)) / min(counts))
 
     @cached_property
     def error(self) -> float:
         """The standard error of an end's reward: that of the seeds, but not below what the
         evaluations of so many runs have by themselves."""
         own = statistics.mean(row["reward_se"] ** 2 for end in self.ends for row in end.rows)
-        return max(self.error_of_seeds, math.sqrt(own / self.seeds))
+        return max(self.error_of_seeds, math.sqrt(own / min(len(end.rows) for end in self.ends)))
 
     @cached_property
     def hull(self) -> list[End]:
@@ -260,9 +255,8 @@ def difference(one: Method, other: Method, kl: float) -> tuple[float, float] | N
 def curve_of(bank: evaluate.Bank) -> list[dict]:
     """The reference, best of n and the optimum, as rows: all that is read off the bank."""
     M, N = bank.rewards.shape
-    per_prompt = bank.rewards.double().mean(1)
     rows = [{"curve": "reference", "kl": 0.0, "reward": bank.rewards.mean().item(), "prompts": M,
-             "responses": N, "per_prompt": {"reward": [round(r, 5) for r in per_prompt.tolist()]}}]
+             "responses": N, "per_prompt": {"reward": bank.rewards.mean(1).tolist()}}]
     for n in range(1, N // 4 + 1):  # of more, a bank says too little
         weights = evaluate.best_of_n_weights(bank.rewards, n)
         reward, error = mean_se((weights * bank.rewards).sum(1))
@@ -350,7 +344,8 @@ def markdown(rows: list[dict], scale: Scale) -> str:
     for other in ("PPO", "PPO-GT"):
         if {"DPO", other} <= several.keys():
             found = [difference(several["DPO"], several[other], kl) for kl in BETWEEN]
-            lines.append([f"DPO − {other}", *(number(*d, "+.3f") if d else "" for d in found)])
+            texts = [f"{d[0]:+.3f}{plus_minus(d[1], '.3f')}" if d else "" for d in found]
+            lines.append([f"DPO − {other}", *(text.replace("-", "−") for text in texts)])
     lines.append(["**optimum**", *(scale.optimum_at(kl) for kl in BETWEEN)])
     return text + ("\nAt exactly these KLs, interpolated between two policies that ran: what a "
                    "mixture of the two has.\n\n" + as_table(lines))
@@ -375,10 +370,14 @@ def costs(end: End) -> list[str]:
     return [f"{length:.1f}", f"{seconds:.0f}", f"{samples:.0f}", f"{calls:.0f}"]
 
 
+def plus_minus(error: float, form: str) -> str:
+    """" ± 0.005"; the KL of one seed has no error."""
+    return "" if math.isnan(error) else f" ± {error:{form}}"
+
+
 def number(value: float, error: float, form: str) -> str:
-    """0.739 ± 0.005, or −0.014 ± 0.009; the KL of one seed has no error."""
-    known = "" if math.isnan(error) else f" ± {error:{form.removeprefix('+')}}"
-    return f"{value:{form}}".replace("-", "−") + known
+    """0.739 ± 0.005"""
+    return f"{value:{form}}{plus_minus(error, form)}"
 
 
 # ---- the figure ----------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ import re
 import statistics
 from contextlib import redirect_stdout
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -84,46 +83,71 @@ def one_line(text):
 # ---- reviews ---------------------------------------------------------------------------------------------------------
 
 def reviews_scale():
-    """The optimum of `reviews` as committed, in the place of a bank."""
-    scale = frontier.Scale.__new__(frontier.Scale)
-    scale.curve = rows("reviews/bank/curve.jsonl", curve="optimum")
-    scale.reference = row("reviews/bank/curve.jsonl", curve="reference")["reward"]
-    return scale
+    """The optimum of `reviews` as committed."""
+    return frontier.Scale(read("reviews/bank/curve.jsonl"))
 
 
-def best_of_n_at(kl):
-    return max(rows("reviews/bank/curve.jsonl", curve="best of n"), key=lambda one: (one["kl"] <= kl, one["n"]))
-
-
-def share_at(paths, kl, form=".0%"):
-    """What the best setting of a method has at a KL: share of the optimum."""
-    cell = reviews_scale().cell(kl, *frontier.best_at(paths, kl)[:2])
-    return f"{'' if cell.known else '≤ '}{cell.share:{form}}"
+def methods_of(path):
+    return reviews_scale().methods(read(path))
 
 
 def ends(method_rows):
     return [one for one in method_rows if one["last"]]
 
 
-def end_line(path, method):
-    """(reward ± se, KL ± se, share ± se) of a method with one setting, the KL, and the share as a number."""
-    own = ends(rows(path, method=method))
-    assert len(own) == 3
-    kl = mean_se(column(own, "kl"))[0]
-    cell = reviews_scale().cell(kl, *mean_se(column(own, "reward")))
-    share = f"{'' if cell.known else '≤ '}{cell.share:.0%} ± {100 * cell.share_se:.0f}"
-    return f"{pm(column(own, 'reward'), '.3f')} | {pm(column(own, 'kl'), '.2f')} | {share}", kl, 100 * cell.share
+def end_of(method, setting):
+    return next(end for end in method.ends if end.setting == setting)
 
 
-def with_half_beta():
-    """The frontier's DPO and, on the same line between settings, the runs at beta 0.5 of the grid `why`."""
-    extra = [{**one, "lr_factor": 1} for one in rows("reviews/frontier-why/results.jsonl", method="DPO")]
-    return frontier.by_method([*frontier.with_lr_factor(rows("reviews/frontier/results.jsonl")), *extra])["DPO"]
+def interpolated(method, kl):
+    """0.750 ± 0.007: what a mixture of two ends of a method has at a KL."""
+    return f"{frontier.mixed_reward(method.between(kl)):.3f} ± {method.error:.3f}"
 
 
-def difference(a, b, kl):
-    a, b = frontier.best_at(a, kl), frontier.best_at(b, kl)
-    return f"{signed(a.reward - b.reward, '.3f')} ± {math.hypot(a.se, b.se):.3f}"
+def share_at(method, kl):
+    """The same as a share of the optimum."""
+    return reviews_scale().share(frontier.mixed_reward(method.between(kl)), kl)
+
+
+def points_above(method, end):
+    """By how many points of the optimum an end is above what a method has at its KL."""
+    best, _ = evaluate.optimal_reward(reviews_scale().optimum, end.kl)
+    return 100 * (end.reward - frontier.mixed_reward(method.between(end.kl))) / (best - reviews_scale().reference.reward)
+
+
+def efficiency(end):
+    return 100 * evaluate.kl_efficiency(reviews_scale().optimum, end.reward, end.kl)
+
+
+def end_cells(method):
+    """Reward, KL, share and efficiency of a method with one setting."""
+    end, = method.ends
+    assert len(end.rows) == 3
+    return [f"{end.reward:.3f} ± {method.error:.3f}", pm(column(end.rows, "kl"), ".2f"),
+            reviews_scale().share(end.reward, end.kl), f"{efficiency(end):.0f}%"]
+
+
+def lead(one, other, kl):
+    """−0.035 ± 0.009, and how many errors that is."""
+    value, error = frontier.difference(one, other, kl)
+    return f"{signed(value, '.3f')} ± {error:.3f}", value / error
+
+
+def kl_to_the_optimum(path, beta):
+    """method -> mean and error of KL(policy || pi*) = regret / beta over its runs, whose beta is in standard deviations of the
+    score: those of seed 0, whose log has a score in both units. The optimum's J is the largest on its curve. The error is that
+    of the seeds, but not below that of the evaluations."""
+    log = [one for one in read("reviews/ppo-gt-targetkl3-seed0/log.jsonl") if "raw_scores" in one]
+    low, high = (choose(log, key=lambda one: one["raw_scores"]) for choose in (min, max))
+    beta *= (high["raw_scores"] - low["raw_scores"]) / (high["scores"] - low["scores"])
+    best = max(point["reward"] - beta * point["kl"] for point in reviews_scale().optimum)
+    found = {}
+    for method in methods_of(path).values():
+        runs = method.ends[0].rows
+        mean, error = mean_se([(best - one["reward"]) / beta + one["kl"] for one in runs])
+        own = statistics.mean((one["reward_se"] / beta) ** 2 + one["kl_se"] ** 2 for one in runs)
+        found[method.name] = mean, max(error, math.sqrt(own / len(runs)))
+    return found
 
 
 def agree_of_pairs():
@@ -131,140 +155,109 @@ def agree_of_pairs():
 
 
 def reviews():
-    methods = frontier.by_method(rows("reviews/frontier/results.jsonl"))
-    dpo, ppo, ppo_gt = methods["DPO"], methods["PPO"], methods["PPO-GT"]
-    scale = reviews_scale()
+    methods, scale = methods_of("reviews/frontier/results.jsonl"), reviews_scale()
+    dpo, ppo, ppo_gt, unlikelihood = (methods[name] for name in ("DPO", "PPO", "PPO-GT", "Unlikelihood"))
 
-    # ---- the frontier: the whole table (compared with the rows in a test of its own), and how to read it
-    for line in (RESULTS / "reviews/frontier/table.md").read_text(encoding="utf-8").split("\n\n")[0].splitlines():
-        yield line
-    for method in ("DPO", "PPO", "PPO-GT"):  # "no policy that was run"
-        for kl in frontier.KLS:
-            best = frontier.best_at(methods[method], kl)
-            assert best is None or best.setting == "between settings"
-    final = ends(read("reviews/frontier/results.jsonl"))
-    errors = [one["reward_se"] for one in final if one["method"] in ("DPO", "PPO", "PPO-GT")]
-    yield f"a single evaluation has an error of {min(errors):.3f} to {max(errors):.3f} over prompts"
-    yield f"Beyond {scale.curve[-1]['kl']:.2f} nats the optimum is known from below only"
-    top = ends(rows("reviews/frontier/results.jsonl", method="DPO", setting="beta 0.1, lr 0.0008"))
-    reward, kl = mean_se(column(top, "reward"))[0], mean_se(column(top, "kl"))[0]
-    a, b = next((a, b) for a, b in zip(scale.curve, scale.curve[1:]) if a["reward"] <= reward <= b["reward"])
-    same = a["kl"] + (b["kl"] - a["kl"]) * (reward - a["reward"]) / (b["reward"] - a["reward"])
-    yield (f"DPO's {reward:.3f} at {kl:.2f} nats is \"≤ {scale.cell(kl, reward, 0).share:.0%}\", but the optimum has that "
-           f"reward at {same:.1f} nats")
+    # ---- the frontier: both tables (compared with the rows in a test of its own), and how to read them
+    for line in (RESULTS / "reviews/frontier/table.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("|"):
+            yield line
+    yield f"if one is within a factor of {frontier.NEAR:g}"
+    errors = [one["reward_se"] for method in (dpo, ppo, ppo_gt) for one in ends(method.rows)]
+    yield f"A single evaluation has an error of {min(errors):.3f} to {max(errors):.3f} over prompts"
+    yield f"Beyond {scale.optimum[-1]['kl']:.2f} nats the optimum is known from below only"
+    top = end_of(dpo, "beta 0.1, lr 0.0008")
+    yield (f"DPO's {top.reward:.3f} at {top.kl:.2f} nats is \"{scale.share(top.reward, top.kl)}\", but the optimum has that "
+           f"reward at {evaluate.kl_needed(scale.optimum, top.reward):.1f} nats, {efficiency(top):.0f}% of what was spent")
+    flat = sorted(efficiency(end) for end in ppo_gt.ends)
+    yield f"PPO-GT's efficiency is flat, {flat[0]:.0f} to {flat[-1]:.0f}% over its six targets"
+    falls = [sorted((efficiency(end) for end in method.ends), reverse=True) for method in (ppo, dpo)]
+    assert len(flat) == 6 and efficiency(end_of(dpo, "beta 1, lr 5e-05")) == falls[1][0]
+    assert falls[0] == [efficiency(end) for end in ppo.hull[1:]] and falls[1][-1] == efficiency(top)
+    yield (f"PPO's falls from {falls[0][0]:.0f}% to {falls[0][-1]:.0f}%, DPO's from {falls[1][0]:.0f}% (β = 1 at a quarter of "
+           f"the learning rate) to {falls[1][-1]:.0f}%")
 
     # ---- DPO against PPO
-    def end(method, setting):
-        return mean_se(column(ends(rows("reviews/frontier/results.jsonl", method=method, setting=setting)), "kl"))[0]
-
-    yield (f"no setting that ends between {end('DPO', 'beta 1'):.2f} nats (β = 1) and {end('DPO', 'beta 0.3'):.2f} (β = 0.3)")
-    half = ends(rows("reviews/frontier-why/results.jsonl", method="DPO"))
-    yield f"({pm(column(half, 'reward'), '.3f')} at {mean_se(column(half, 'kl'))[0]:.2f} nats)"
-    targets = [f"{end('PPO', f'target kl {target}'):.2f}" for target in (1, 2, 3, 6)]
-    yield f"its ends are at {', '.join(targets[:-1])} and {targets[-1]} nats"
-    kls = (0.8, 1, 1.2, 1.5, 2, 2.5, 3, 4, 8)
-    yield cells("", [f"{kl:g}" for kl in kls[:-1]], f"{kls[-1]} nats").replace("|  |", "| |")
-    for name, other in (("PPO", ppo), ("PPO-GT", ppo_gt)):
-        known = [kl for kl in kls if frontier.best_at(other, kl)]
-        for label, own, shown in (("this grid", dpo, frontier.KLS), ("with β = 0.5", with_half_beta(), kls)):
-            yield cells(f"DPO − {name}, {label}",
-                        [difference(own, other, kl) if kl in shown and kl in known else "" for kl in kls])
-    with_half = {kl: frontier.best_at(with_half_beta(), kl).reward - frontier.best_at(ppo, kl).reward for kl in kls}
-    assert all((with_half[kl] > 0) == (kl <= 1.5) for kl in kls)
-    yield "DPO is above PPO below about 1.5 nats, and below it from 2.5 to 3 nats on"
-    lead = [with_half[kl] for kl in kls if kl <= 1.5]
-    least = min(one["kl"] for one in ends(rows("reviews/frontier/results.jsonl", method="PPO")))
-    for other, least_kl in ((ppo, 2.5), (ppo_gt, 0.8)):
-        for kl in kls:
-            if kl >= least_kl and (there := frontier.best_at(other, kl)):
-                own = frontier.best_at(with_half_beta(), kl)
-                assert (there.reward - own.reward) / math.hypot(there.se, own.se) > 2.8
-    yield "PPO's lead from 2.5 nats on, and PPO-GT's from 0.8 nats on, are about three errors or more"
-    yield (f"DPO's lead below 1.5 nats is small, {min(lead):.3f} to {max(lead):.3f}, and of chords as well. PPO has no run "
-           f"that ends below {least:.2f} nats")
-    for kl in (0.8, 1, 2, 3, 4, 6):
-        assert frontier.best_at(with_half_beta(), kl).reward < frontier.best_at(ppo_gt, kl).reward
-    yield "PPO-GT is above DPO from 0.8 nats on"
-    unlikelihood = methods["Unlikelihood"]
-    at = {kl: (frontier.best_at(unlikelihood, kl).reward, frontier.best_at(dpo, kl)) for kl in (0.5, 0.8)}
-    preferred = mean_se(column(ends(rows("reviews/frontier/results.jsonl", method="Preferred-FT")), "reward"))[0]
-    far = column(ends(rows("reviews/frontier/results.jsonl", method="Unlikelihood", setting="alpha 1")), "kl")
-    yield (f"Preferred-FT stops at {preferred:.2f}. Unlikelihood is below DPO at 0.5 nats ({at[0.5][0]:.3f} against "
-           f"{at[0.5][1].reward:.3f} ± {at[0.5][1].se:.3f}), level with it at 0.8 ({at[0.8][0]:.3f} against "
-           f"{at[0.8][1].reward:.3f}), and below it from there on; at α = 1 it ends {min(far):.0f} to {max(far):.0f} nats away")
-    rates = frontier.learning_rates(rows("reviews/frontier/results.jsonl"))[0.1]
+    yield f"at 1 and 2 nats they are level ({lead(dpo, ppo, 1)[0]} and {lead(dpo, ppo, 2)[0]})"
+    assert all(abs(lead(dpo, ppo, kl)[1]) < 1.5 for kl in (1, 2)) and all(lead(dpo, ppo, kl)[1] < -3.8 for kl in (3, 4, 8))
+    yield "DPO is below PPO from 3 nats on, by about four errors or more"
+    assert all(lead(dpo, ppo_gt, kl)[1] < -5 for kl in (1, 2, 3, 4))
+    yield "PPO-GT is above DPO at 1, 2, 3 and 4 nats, by five errors or more"
+    preferred, = methods["Preferred-FT"].ends
+    far = column(end_of(unlikelihood, "alpha 1").rows, "kl")
+    yield (f"Preferred-FT stops at {preferred.reward:.2f}. Unlikelihood less DPO is {lead(unlikelihood, dpo, 0.5)[0]} at 0.5 "
+           f"nats and {lead(unlikelihood, dpo, 2)[0]} at 2; at α = 1 it ends {min(far):.0f} to {max(far):.0f} nats away")
+    rates = frontier.learning_rates(read("reviews/frontier/results.jsonl"))[0.1]
     yield f"from 5e-5 to 8e-4 it moves the KL from {rates[5e-5]:.1f} to {rates[8e-4]:.0f} nats at β = 0.1"
-    six, nineteen = best_of_n_at(1), best_of_n_at(2)
-    assert six["n"] == 6
-    yield (f"at 2 nats it has {scale.cell(2, nineteen['reward'], 0).share:.0%} of it. Its "
-           f"{scale.cell(1, six['reward'], 0).share:.0%} "
-           f"at 1 nat is n = 6, whose KL is at most {six['kl']:.2f} nats: at that KL it has "
-           f"{scale.cell(six['kl'], six['reward'], 0).share:.0%}, too")
+    yield f"PPO has no run that ends below {min(column(ends(ppo.rows), 'kl')):.2f} nats"
+    six = row("reviews/bank/curve.jsonl", curve="best of n", n=6)
+    yield f"n = 6 has at most {six['kl']:.2f} nats, and at that KL {scale.share(six['reward'], six['kl'])} of what there is"
 
     # ---- why
-    why = "reviews/frontier-why/results.jsonl"
-    gain = {}
-    for label, method, usual, name in (
-            ("DPO, β = 0.5, 9,120 pairs", "DPO", dpo, "DPO"),
-            ("the same pairs, labels without noise", "DPO, noise-free labels", dpo, "DPO"),
-            ("ten times the pairs", "DPO, 10x pairs", dpo, "DPO"),
-            ("PPO, β = 0.15, reward model of 9,120 pairs", "PPO", ppo, "PPO"),
-            ("reward model of ten times the pairs", "PPO, 10x pairs", ppo, "PPO"),
-            ("PPO-GT, β = 0.15", "PPO-GT", ppo_gt, "PPO-GT")):
-        line, kl, share = end_line(why, method)
-        chord = " (a long chord)" if method == "DPO" else ""
-        yield f"| {label} | {line} | {name} {share_at(usual, kl)}{chord} |"
-        gain[method] = share - 100 * scale.cell(kl, *frontier.best_at(usual, kl)[:2]).share
+    why, gain = methods_of("reviews/frontier-why/results.jsonl"), {}
+    for label, name, usual in (
+            ("DPO, β = 0.5, 9,120 pairs", "DPO", None),
+            ("the same pairs, labels without noise", "DPO, noise-free labels", dpo),
+            ("ten times the pairs", "DPO, 10x pairs", dpo),
+            ("PPO, β = 0.15, reward model of 9,120 pairs", "PPO", ppo),
+            ("reward model of ten times the pairs", "PPO, 10x pairs", ppo),
+            ("PPO-GT, β = 0.15", "PPO-GT", ppo_gt)):
+        end, = why[name].ends
+        there = f"{usual.name} {share_at(usual, end.kl)}" if usual else "the same runs"
+        yield cells(label, end_cells(why[name]), there)
+        if usual:
+            gain[name] = points_above(usual, end)
     yield (f"ten times as many are worth {gain['DPO, 10x pairs']:.0f} points to DPO and at most "
            f"{gain['PPO, 10x pairs']:.0f} to PPO")
-    more = end_line(why, "PPO, 10x pairs")
-    yield f"(which has {share_at(ppo_gt, more[1])} at {more[1]:.2f} nats)"
+    ten, ten_ppo = why["DPO, 10x pairs"].ends[0], why["PPO, 10x pairs"].ends[0]
+    yield f"(which has {share_at(ppo_gt, ten_ppo.kl)} at {ten_ppo.kl:.2f} nats)"
     yield f"costs DPO {gain['DPO, noise-free labels']:.0f} points at the same KL"
-    _, kl, share = end_line(why, "DPO, 10x pairs")
-    yield f"{share:.0f}% at {kl:.2f} nats, and ≤ {more[2]:.0f}% at {more[1]:.2f}"
+    yield (f"{scale.share(ten.reward, ten.kl)} at {ten.kl:.2f} nats, and {scale.share(ten_ppo.reward, ten_ppo.kl)} at "
+           f"{ten_ppo.kl:.2f}")
 
     # ---- ablation
-    ablation = "reviews/frontier-ablation/results.jsonl"
-    found = {}
-    for label, method in (
+    path = "reviews/frontier-ablation/results.jsonl"
+    ablation, regrets, above = methods_of(path), kl_to_the_optimum(path, 0.15), {}
+    for label, name in (
             ("REINFORCE, baseline: the mean of the prompt's other responses", "REINFORCE, leave-one-out"),
             ("REINFORCE, baseline: a value network", "REINFORCE, value network"),
             ("PPO: two passes over each batch, clipped", "PPO"),
             ("no clipping", "PPO, no clipping"), ("λ = 0.95", "PPO, lam 0.95"), ("four passes", "PPO, 4 epochs")):
-        line, kl, share = end_line(ablation, method)
-        there = 100 * scale.cell(kl, *frontier.best_at(ppo_gt, kl)[:2]).share
-        yield f"| {label} | {line} | {share_at(ppo_gt, kl)} |"
-        found[method] = (share, share - there)
-    below = sorted(-found[name][1] for name in ("REINFORCE, leave-one-out", "REINFORCE, value network"))
+        end, = ablation[name].ends
+        mean, error = regrets[name]
+        yield cells(label, end_cells(ablation[name]), f"{mean:.2f} ± {error:.2f}", share_at(ppo_gt, end.kl))
+        above[name] = points_above(ppo_gt, end)
+    below = sorted(-above[name] for name in ("REINFORCE, leave-one-out", "REINFORCE, value network"))
     yield (f"With one pass REINFORCE is {below[0]:.0f} to {below[1]:.0f} points below PPO-GT, which makes two, at the same "
-           f"KL; four passes are {found['PPO, 4 epochs'][1]:.1f} above it")
-    yield f"λ = 0.95 is {found['PPO, lam 0.95'][1]:.1f} points above λ = 1 at the same KL"
+           f"KL; four passes are {above['PPO, 4 epochs']:.1f} above it")
+    yield f"λ = 0.95 is {above['PPO, lam 0.95']:.1f} points above λ = 1 at the same KL"
 
-    # ---- other losses: where they end, and what is read off chords at 4 nats
-    own = ends(rows("reviews/frontier-losses/results.jsonl"))
-    for method, setting in dict.fromkeys((one["method"], one["setting"]) for one in own):
-        runs = [one for one in own if (one["method"], one["setting"]) == (method, setting)]
-        assert len(runs) == 3
-        yield cells(f"{method}, {setting.replace('beta', 'β =')}", pm(column(runs, "reward"), ".3f"), pm(column(runs, "kl"), ".2f"))
-    losses = frontier.by_method(rows("reviews/frontier-losses/results.jsonl"))
+    def nats(name):
+        return f"{regrets[name][0]:.2f}"
+    assert min(regrets, key=regrets.get) == "PPO, lam 0.95" and abs(regrets["PPO"][0] - regrets["PPO, 4 epochs"][0]) < 0.05
+    yield (f"In regret λ = 0.95 is the best of the table ({nats('PPO, lam 0.95')} nats from π\\*, with λ = 1 {nats('PPO')}), "
+           f"and four passes are no better than two ({nats('PPO, 4 epochs')}); REINFORCE is "
+           f"{nats('REINFORCE, value network')} to {nats('REINFORCE, leave-one-out')} away")
 
-    def at_4(paths):
-        best = frontier.best_at(paths, 4)
-        return f"{best.reward:.3f} ± {best.se:.3f}"
-    yield (f"DPO has {at_4(losses['DPO'])}, with label smoothing {at_4(losses['DPO, label smoothing 0.2'])}, "
-           f"IPO {at_4(losses['IPO'])}")
-    yield f"PPO on the same pairs has {at_4(ppo)} there"
-    smooth, plain = ([one for one in own if (one["method"], one["setting"]) == (method, "beta 0.1")]
-                     for method in ("DPO, label smoothing 0.2", "DPO"))
-    yield f"after {pm(column(smooth, 'kl'), '.2f')} nats in place of {pm(column(plain, 'kl'), '.2f')}"
-    limit = evaluation("reviews/dpo-beta0.1-seed0")["table"]["optimum, where theory ends"]["kl"]
+    # ---- other losses: where they end, and what is interpolated at 4 nats
+    losses = methods_of("reviews/frontier-losses/results.jsonl")
+    plain, smooth, ipo = (losses[name] for name in ("DPO", "DPO, label smoothing 0.2", "IPO"))
+    for method in losses.values():
+        for end in method.ends:
+            assert len(end.rows) == 3
+            yield cells(f"{method.name}, {end.setting.replace('beta', 'β =')}", f"{end.reward:.3f} ± {method.error:.3f}",
+                        pm(column(end.rows, "kl"), ".2f"), scale.share(end.reward, end.kl), f"{efficiency(end):.0f}%")
+    yield (f"At 4 nats, interpolated, DPO has {interpolated(plain, 4)}, with label smoothing {interpolated(smooth, 4)}, "
+           f"IPO {interpolated(ipo, 4)}")
+    assert all(abs(lead(method, plain, 4)[1]) < 1.6 < 2.8 < lead(ppo, method, 4)[1] for method in (smooth, ipo))
+    yield f"PPO on the same pairs has {interpolated(ppo, 4)} there"
+    one, other = end_of(smooth, "beta 0.1"), end_of(plain, "beta 0.1")
+    yield f"after {pm(column(one.rows, 'kl'), '.2f')} nats in place of {pm(column(other.rows, 'kl'), '.2f')}"
+    limit = evaluation("reviews/dpo-beta0.1-seed0")["table"]["limit of this run in theory"]["kl"]
     yield f"the limit in theory is at {limit:.2f}"
-    kl = statistics.mean(column(smooth, "kl"))
-    chord = frontier.reward_at([{"kl": statistics.mean(column(part, "kl")), "reward": statistics.mean(column(part, "reward"))}
-                                for part in ([one for one in own if one["method"] == "DPO" and one["setting"] == setting]
-                                             for setting in ("beta 0.3", "beta 0.1"))], kl)
-    yield f"Its {pm(column(smooth, 'reward'), '.3f')} there is above the chord between DPO's ends ({chord:.3f})"
-    yield f"Below {kl:.2f} nats no run with label smoothing ends"
+    between = interpolated(plain, one.kl)
+    yield f"Its {one.reward:.3f} ± {smooth.error:.3f} there is above what lies between DPO's ends ({between})"
+    yield f"Below {one.kl:.2f} nats no run with label smoothing ends"
     yield f"({1 - agree_of_pairs():.0%} of them are; label smoothing 0.2)"
 
     # ---- single runs
@@ -314,15 +307,17 @@ def imdb():
     kls = sorted(one["kl"] for one in found if one["method"] == "DPO")
     gap = max(zip(kls, kls[1:]), key=lambda two: (two[0] < 4, two[1] - two[0]))
     yield f"DPO was never measured between {gap[0]:.1f} nats (β = 1) and {gap[1]:.1f} (the first evaluation at β = 0.1)"
-    methods = frontier.by_method(found)
-    chords = [f"{frontier.best_at(methods[name], 2).reward:.3f}" for name in ("DPO", "PPO", "PPO-GT")]
-    assert all(frontier.best_at(methods[name], 2).setting == "between settings" for name in ("DPO", "PPO", "PPO-GT"))
-    yield f"At 2 nats all three are chords, and no further apart than their errors ({', '.join(chords)})"
+    methods = imdb_scale().methods(found)
+    lines = [interpolated(methods[name], 2) for name in ("DPO", "PPO", "PPO-GT")]
+    gaps = [lead(methods["DPO"], methods[name], 2) for name in ("PPO", "PPO-GT")]
+    assert all(abs(errors) < 1.5 for _, errors in gaps)
+    yield f"At 2 nats, interpolated, all three are no further apart than their errors ({', '.join(lines)})"
 
     def measured(method, kl):  # on the run of target or beta that is best there, between two evaluations
         setting = "beta 1" if method == "DPO" else "target kl 1"
-        path = rows("imdb/frontier/results.jsonl", method=method, setting=setting)
-        return frontier.reward_at([one for one in path if one["step"]], kl)
+        path = [one for one in rows("imdb/frontier/results.jsonl", method=method, setting=setting) if one["step"]]
+        a, b = [(a, b) for a, b in zip(path, path[1:]) if min(a["kl"], b["kl"]) <= kl <= max(a["kl"], b["kl"])][-1]
+        return a["reward"] + (b["reward"] - a["reward"]) * (kl - a["kl"]) / (b["kl"] - a["kl"])
 
     above = {other: statistics.mean(measured("DPO", kl) - measured(other, kl) for kl in kls)
              for other, kls in (("PPO", (1.2, 1.3, 1.4)), ("PPO-GT", (1.1, 1.2, 1.3)))}
@@ -666,12 +661,9 @@ def win_rate_of(task, method, temperature, n=1):
 
 def readme():
     run = evaluation("reviews/dpo-beta0.1-seed0")["table"]
-    end, limit = run["optimum, up to where 256 samples show it"], run["optimum, where theory ends"]
-    named = {"SFT": run["SFT"], "DPO beta 0.1": run["DPO beta 0.1"],
-             **{f"best of {n}": {**run[f"best of {n}"], "kind": "best of n"} for n in (2, 4, 16)},
-             "optimum (largest KL that 256 samples resolve)": end, "limit of this run in theory": limit}
+    end = run["optimum (largest KL known)"]
     with redirect_stdout(io.StringIO()) as printed:
-        evaluate.print_table({name: {"kind": "", **one} for name, one in named.items()}, "")
+        evaluate.print_table(run, "")
     yield from printed.getvalue().strip().splitlines()[:-1]
     yield f"higher gold reward in {run['DPO beta 0.1']['win_rate_over_sft']:.0%} of comparisons"
     yield f"its KL is known to be at most {run['best of 16']['kl']:.2f}"
@@ -681,16 +673,14 @@ def readme():
     yield f"{1 - pairs['labels_agree_with_gold']:.0%} of the answers are wrong"
     yield (f"wins {win_rate_of('posts', 'best of n', 1.0, 16)} with n = 16 and {win_rate_of('posts', 'best of n', 1.0, 128)} "
            f"with n = 128, where DPO wins {win_rate_of('posts', 'DPO', 1.0)} with one")
-    methods = frontier.by_method(rows("reviews/frontier/results.jsonl"))
-    why = {method: end_line("reviews/frontier-why/results.jsonl", method)
-           for method in ("DPO, 10x pairs", "DPO, noise-free labels")}
-    yield f"[{why['DPO, 10x pairs'][2]:.0f}% of the optimum]"
-    gains = [share - float(share_at(methods["DPO"], kl, ".4%").strip("≤ %")) for _, kl, share in why.values()]
-    yield f"ten times the pairs are worth {gains[0]:.0f} points of the optimum to DPO, labels without noise {gains[1]:.0f}"
-    behind = {name: frontier.best_at(methods[name], 4).reward - frontier.best_at(with_half_beta(), 4).reward
-              for name in ("PPO", "PPO-GT")}
-    yield f"above it below 1.5 nats, {behind['PPO']:.3f} below it at 4"
-    yield f"no: {behind['PPO-GT']:.3f} below it at 4 nats"
+    methods, why = methods_of("reviews/frontier/results.jsonl"), methods_of("reviews/frontier-why/results.jsonl")
+    dpo, ten = methods["DPO"], why["DPO, 10x pairs"].ends[0]
+    yield f"[{reviews_scale().share(ten.reward, ten.kl)} of the optimum]"
+    more, clean = (points_above(dpo, why[name].ends[0]) for name in ("DPO, 10x pairs", "DPO, noise-free labels"))
+    yield f"ten times the pairs are worth {more:.0f} points of the optimum to DPO, labels without noise {clean:.0f}"
+    assert all(abs(lead(dpo, methods["PPO"], kl)[1]) < 1.5 for kl in (1, 2))
+    yield f"not on `reviews`: level with it at 1 and 2 nats, {lead(methods['PPO'], dpo, 4)[0].removeprefix('+')} below it at 4"
+    yield f"no: {lead(methods['PPO-GT'], dpo, 4)[0].removeprefix('+')} below it at 4 nats"
     yield f"at T = 1 their summaries win {win_rate_of('posts', 'DPO', 1.0)} and {win_rate_of('posts', 'PPO', 1.0)}"
     greedy = [row("posts/winrate/results.jsonl", method=method, temperature=0.0, n=1) for method in ("DPO", "PPO")]
     same, = {f"{100 * one['win_rate']:.0f} ± {100 * one['win_rate_se']:.0f}" for one in greedy}
@@ -834,46 +824,34 @@ KNOWN = ("section 6.1", "Python 3.11 or newer",
 # ---- the tables that a command wrote -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("grid", ["frontier", "frontier-why", "frontier-ablation", "frontier-losses"])
-def test_the_frontiers_tables_are_what_the_command_makes_of_the_rows(grid, monkeypatch):
-    """Shares of the optimum and differences, too. The bank is not committed; its curves are."""
-    scale = reviews_scale()
-    monkeypatch.setattr(evaluate, "optimal_curve", lambda rewards: scale.curve)
-    methods = frontier.by_method(read(f"reviews/{grid}/results.jsonl"))
-    lines = [frontier.method_line(method, paths, scale) for method, paths in methods.items()]
-    at = {kl: scale.cell(kl, one["reward"], one["reward_se"]) for kl, one in ((1.0, best_of_n_at(1)), (2.0, best_of_n_at(2)))}
-    lines.append(frontier.Line("best of n", "best of n", at))
-    text = frontier.markdown(lines, SimpleNamespace(rewards=None))
-    if differences := frontier.compare(lines):
-        text += f"\n{differences}"
+def test_the_frontiers_tables_are_what_the_command_makes_of_the_rows(grid):
+    """Of results.jsonl and of the bank's curve."""
+    text = frontier.markdown(read(f"reviews/{grid}/results.jsonl"), reviews_scale())
     assert text == (RESULTS / "reviews" / grid / "table.md").read_text(encoding="utf-8")
 
 
 def test_the_committed_curve_is_of_the_bank_that_the_runs_were_measured_by():
     """It was computed from a bank that was sampled once more: the same to the last digits."""
     table = evaluation("reviews/dpo-beta0.1-seed0")["table"]
-    top = table["optimum, up to where 256 samples show it"]
-    assert reviews_scale().curve[-1]["reward"] == pytest.approx(top["reward"], abs=1e-9)
-    assert reviews_scale().curve[-1]["kl"] == pytest.approx(top["kl"], abs=1e-9)
+    top, end = table["optimum (largest KL known)"], reviews_scale().optimum[-1]
+    assert (end["reward"], end["kl"]) == pytest.approx((top["reward"], top["kl"]), abs=1e-9)
     for n in (2, 4, 16):
         one = row("reviews/bank/curve.jsonl", curve="best of n", n=n)
         assert one["reward"] == pytest.approx(table[f"best of {n}"]["reward"], abs=1e-9)
 
 
-def test_the_table_of_imdb_is_what_the_command_makes_of_the_rows(monkeypatch):
-    """But for the shares, as neither its bank nor the bank's curve is committed."""
-    flat = frontier.Scale.__new__(frontier.Scale)
-    flat.curve, flat.reference = [{"kl": 0.0, "reward": 0.5}, {"kl": 2.70, "reward": 0.980}], 0.5
-    monkeypatch.setattr(evaluate, "optimal_curve", lambda rewards: flat.curve)
-    methods = frontier.by_method(read("imdb/frontier/results.jsonl"))
-    lines = [frontier.method_line(method, paths, flat) for method, paths in methods.items()]
-    text = frontier.markdown(lines, SimpleNamespace(rewards=None)) + "\n" + frontier.compare(lines)
-    committed = (RESULTS / "imdb/frontier/table.md").read_text(encoding="utf-8")
+def imdb_scale():
+    """The reference alone: neither the bank of imdb nor its curve is committed."""
+    return frontier.Scale([{"curve": "reference", "kl": 0.0, "reward": evaluation("imdb/dpo-beta0.1-seed0")["table"]["SFT"]["reward"]},
+                           {"curve": "best of n", "n": 1, "kl": 0.0}, *({"curve": "optimum", "kl": kl, "reward": 1.0} for kl in (0, 1))])
 
-    def without_shares(table):
-        kept = [line for line in table.splitlines() if not line.startswith(("| best of n", "| **optimum**"))]
-        return [re.sub(r" \((?:≤ )?\d+%\)", "", line) for line in kept]
 
-    assert without_shares(text) == without_shares(committed)
+def test_the_table_of_imdb_is_what_the_command_makes_of_the_rows():
+    """But for what needs the bank's curve: shares, efficiencies, best of n and the optimum."""
+    text = frontier.markdown(read("imdb/frontier/results.jsonl"), imdb_scale())
+    text = re.sub(r" \((?:≤ )?-?\d+%(?:; \d+%)?\)|^\| (?:best of n|\*\*optimum\*\*) .*\n", "", text, flags=re.M)
+    text = text.replace(", its KL, and in brackets the share of the optimum and the KL efficiency", " and KL")
+    assert text == (RESULTS / "imdb/frontier/table.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("task", ["posts", "tldr"])
