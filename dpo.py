@@ -74,6 +74,7 @@ class Config:
     # ---- what it learns from
     labels: Literal["bt", "argmax"] = "bt"  # Who wins: by Bradley-Terry, or the better.
     prompts: int = 0  # Prompts to sample pairs for, six pairs each; 0 = the task's number.
+    pairs_seed: int = 0  # Seed of the pairs: which prompts, which responses, which labels.
     pairs: str = ""  # A JSON-lines file of your own pairs, in place of sampled ones.
     sft: str = ""  # Run folder of the SFT policy, if not runs/<dataset>/sft.
 
@@ -102,7 +103,7 @@ class Config:
         require_numbers(
             self,
             above_0="beta epochs batch_size lr warmup max_grad_norm",
-            from_0="alpha prompts micro_batch_size seed evaluate_every bank_samples "
+            from_0="alpha prompts pairs_seed micro_batch_size seed evaluate_every bank_samples "
             "checkpoint_every")
         unlikelihood = self.loss == "unlikelihood"
         require(self.loss in LOSSES or ".py:" in self.loss,
@@ -115,6 +116,7 @@ class Config:
                 "--beta: not with --loss unlikelihood, which has none")
         require(unlikelihood or self.alpha == Config.alpha, "--alpha: needs --loss unlikelihood")
         require(not (self.prompts and self.pairs), "--prompts: not with --pairs")
+        require(not (self.pairs_seed and self.pairs), "--pairs-seed: not with --pairs")
         self.out = self.out or run_folder(
             self,
             self.loss if self.loss in LOSSES else "dpo",

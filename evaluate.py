@@ -19,6 +19,10 @@ KL is in nats per response, summed over its tokens, estimated on the policy's ow
 temperature 1: log pi(y|x) - log pi_ref(y|x), whose mean is KL(pi || pi_ref). Its standard error
 counts prompts, not samples.
 
+Two numbers say how much is missing. *Efficiency*: the KL that the optimum needs for the same
+reward, over the KL that was spent. *Regret*: J(pi*) - J(pi) = beta KL(pi || pi*), where J is the
+objective above; known where the policy's own beta is.
+
 Reads   finished runs, data/<dataset>/prepared/prompts_test.jsonl
 Writes  the bank beside the SFT run; evaluation.json into each run folder
 """
@@ -131,6 +135,37 @@ def share_of_optimum(curve: list[dict[str, float]], reward: float, kl: float,
     return (reward - ref_reward) / max(best - ref_reward, 1e-9), known
 
 
+def kl_needed(curve: list[dict[str, float]], reward: float) -> float | None:
+    """The KL at which the optimum has this reward, in nats, interpolated on the curve; None where
+    the curve does not go: beyond its end, or no better than the reference."""
+    for a, b in zip(curve, curve[1:]):
+        if a["reward"] < reward <= b["reward"]:
+            part = (reward - a["reward"]) / (b["reward"] - a["reward"])
+            return a["kl"] + part * (b["kl"] - a["kl"])
+    return None
+
+
+def kl_efficiency(curve: list[dict[str, float]], reward: float, kl: float) -> float | None:
+    """The KL that the optimum needs for this reward, over the KL that was spent on it. Unlike the
+    share of the optimum it does not rise by itself where the reward saturates."""
+    needed = kl_needed(curve, reward)
+    return None if needed is None or kl <= 0 else needed / kl
+
+
+def regret(bank_rewards: torch.Tensor, rewards: torch.Tensor, kl: torch.Tensor,
+           beta: float) -> torch.Tensor:
+    """J(pi*) - J(pi) = beta KL(pi || pi*) of each prompt, (M,), where J = reward - beta KL.
+
+    J(pi*) = beta log mean exp(r / beta). The identity is exact: it is Eq. 4 put into J.
+
+    Args:
+        bank_rewards: (M, N) of the reference's responses.
+        rewards, kl: (M,) means of the policy.
+    """
+    best = (bank_rewards.double() / beta).logsumexp(1) - math.log(bank_rewards.shape[1])
+    return beta * best - (rewards - beta * kl)
+
+
 def beta_at(rewards: torch.Tensor, kl: float, curve: list[dict[str, float]]) -> float:
     """The beta whose optimum has this KL, by bisection on log beta; at most as far as the curve
     goes."""
@@ -220,8 +255,8 @@ def log_evaluation(run: Run, step: int, policy: GPT, start: pipeline.Start) -> N
 
 # ---- the table -----------------------------------------------------------------------------------
 
-def table_row(kind: str, reward: torch.Tensor | None, kl: torch.Tensor,
-              length: torch.Tensor) -> dict:
+def table_row(kind: str, reward: torch.Tensor | None, kl: torch.Tensor, length: torch.Tensor,
+              regret: torch.Tensor | None = None) -> dict:
     """A row of the table from per-prompt means (M,): each quantity that there is, with its standard
     error.
 
@@ -230,7 +265,8 @@ def table_row(kind: str, reward: torch.Tensor | None, kl: torch.Tensor,
             (of a run, in theory).
     """
     row: dict = {"kind": kind}
-    for name, values in (("reward", reward), ("kl", kl), ("length", length)):
+    for name, values in (("reward", reward), ("kl", kl), ("length", length),
+                         ("regret", regret)):
         if values is not None:
             row[name] = values.mean().item()
             std = values.std(correction=min(1, len(values) - 1))  # a single prompt has no error
@@ -238,10 +274,15 @@ def table_row(kind: str, reward: torch.Tensor | None, kl: torch.Tensor,
     return row
 
 
-def policy_row(sampled: PolicySamples) -> dict:
-    """The row of a policy, from its samples."""
+def policy_row(sampled: PolicySamples, bank: Bank | None = None,
+               own_beta: float | None = None) -> dict:
+    """The row of a policy, from its samples; with its regret at its own beta, if that is known."""
     rewards = None if sampled.rewards is None else sampled.rewards.mean(1)
-    return table_row("policy", rewards, sampled.kl.mean(1), sampled.lengths.float().mean(1))
+    kl, length = sampled.kl.mean(1), sampled.lengths.float().mean(1)
+    if not own_beta:
+        return table_row("policy", rewards, kl, length)
+    row = table_row("policy", rewards, kl, length, regret(bank.rewards, rewards, kl, own_beta))
+    return row | {"beta": own_beta, "kl_to_optimum": row["regret"] / own_beta}
 
 
 def bank_row(kind: str, bank: Bank, weights: torch.Tensor, kl: torch.Tensor) -> dict:
@@ -252,13 +293,13 @@ def bank_row(kind: str, bank: Bank, weights: torch.Tensor, kl: torch.Tensor) -> 
 def summary(bank: Bank,
             policies: dict[str, PolicySamples],
             end_beta: float | None = None) -> dict[str, dict]:
-    """The rows of the results table, by name: reward, KL, share of the optimum, response length,
-    with standard errors.
+    """The rows of the results table, by name: reward, KL, share of the optimum, KL efficiency,
+    response length, with standard errors; and the regret, where the policy's own beta is known.
 
     Args:
         policies: name -> what sample_policy returned.
         end_beta: the beta at which the gold reward's optimum is where the run must end in theory,
-            if there is one.
+            if there is one: the policies' own.
     """
     M, N = bank.lengths.shape
     lengths = bank.lengths.float().mean(1)
@@ -269,7 +310,7 @@ def summary(bank: Bank,
     ref_reward = bank.rewards.mean().item()
     rows = {"SFT": table_row("reference", bank.rewards.mean(1), torch.zeros(M), lengths)}
     for name, policy in policies.items():
-        rows[name] = policy_row(policy)
+        rows[name] = policy_row(policy, bank, end_beta)
         rows[name]["win_rate_over_sft"] = win_rate(policy.rewards, bank.rewards)
     for n in BEST_OF:
         if n < N:
@@ -283,7 +324,7 @@ def summary(bank: Bank,
         within = optimal_reward(curve, kl)[1]
         title = f"optimum at the KL of {name}"
         if not within:
-            title = f"optimum (largest KL that {N} samples resolve)"
+            title = "optimum (largest KL known)"
         betas[title] = ("optimum", beta_at(bank.rewards, kl, curve))
     if end_beta:
         betas["limit of this run in theory"] = ("limit", end_beta)
@@ -302,6 +343,10 @@ def summary(bank: Bank,
         # divided by noise
         if gain < 3 * math.hypot(rows["SFT"]["reward_se"], row["reward_se"]):
             row["share"] = None
+        if row["kind"] == "policy":
+            known = row["share"] is not None
+            row["kl_efficiency"] = (kl_efficiency(curve, row["reward"], row["kl"])
+                                    if known else None)
     return rows
 
 
@@ -314,7 +359,7 @@ def print_table(rows: dict[str, dict], gold: str, column: str = "gold reward") -
                   f"{row['length']:5.1f} +- {row['length_se']:3.1f}")
         return
     print(f"\n{'':{width}}  {column:>15}  {'KL, nats':>14}  {'of optimum':>10}  "
-          f"{'length':>12}  {'wins vs SFT':>11}")
+          f"{'efficiency':>10}  {'length':>6}  {'wins vs SFT':>11}")
     for name, row in rows.items():
         reward = f"{row['reward']:.3f} +- {row['reward_se']:.3f}"
         kl = f"{row['kl']:.2f} +- {row['kl_se']:.2f}"
@@ -324,9 +369,16 @@ def print_table(rows: dict[str, dict], gold: str, column: str = "gold reward") -
         share = "" if row["share"] is None else f"{at_most}{row['share']:.0%}"
         if at_most and row["share"] and row["share"] > 1:  # a bound that says nothing
             share = ""
-        length = f"{row['length']:5.1f} +- {row['length_se']:.1f}"
+        used = row.get("kl_efficiency")
+        efficiency = "" if used is None else f"{used:.0%}"
         wins = f"{row['win_rate_over_sft']:.0%}" if "win_rate_over_sft" in row else ""
-        print(f"{name:{width}}  {reward:>15}  {kl:>14}  {share:>10}  {length:>12}  {wins:>11}")
+        print(f"{name:{width}}  {reward:>15}  {kl:>14}  {share:>10}  {efficiency:>10}  "
+              f"{row['length']:6.1f}  {wins:>11}")
+    for name, row in rows.items():
+        if "regret" in row:
+            error = row["regret_se"] / row["beta"]
+            print(f"{name} is {row['kl_to_optimum']:.2f} +- {error:.2f} nats from its limit in "
+                  "theory: KL(policy || limit)")
     print(f"{column}: {gold}")
 
 
@@ -403,8 +455,12 @@ def report(run: Run, name: str, policy: GPT, start: pipeline.Start, end_beta: fl
     sampled = sample_policy(policy, start.ref, start.tokenizer, start.bank.prompts, start.measure)
     rows = summary(start.bank, {name: sampled}, end_beta)
     scored = sampled.rewards is not None
-    write_json(run.folder / "evaluation.json",
-               {**result, "name": name, "gold": start.bank.gold, "table": rows})
+    # so that two methods can be compared prompt by prompt
+    measured = {"reward": sampled.rewards, "kl": sampled.kl} if scored else {"kl": sampled.kl}
+    per_prompt = {key: [round(mean, 5) for mean in values.mean(1).tolist()]
+                  for key, values in measured.items()}
+    write_json(run.folder / "evaluation.json", {**result, "name": name, "gold": start.bank.gold,
+                                                "table": rows, "per_prompt": per_prompt})
     samples = []
     real = tasks.load(start.dataset).real
     for i, prompt in enumerate(start.bank.prompts):

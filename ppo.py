@@ -81,6 +81,7 @@ class Config:
 
     # ---- what it starts from
     prompts: int = 0  # Prompts of the reward model's pairs, six each; 0 = the task's number.
+    pairs_seed: int = 0  # Seed of the reward model and its pairs: prompts, responses, labels.
     sft: str = ""  # Run folder of the SFT policy, if not runs/<dataset>/sft.
 
     # ---- PPO
@@ -121,8 +122,8 @@ class Config:
             self,
             above_0="beta horizon steps batch_size samples epochs minibatches micro_batch_size "
             "clip value_clip lr value_lr warmup max_grad_norm",
-            from_0="target_kl prompts missing_eos_penalty value_warmup seed evaluate_every "
-            "bank_samples checkpoint_every")
+            from_0="target_kl prompts pairs_seed missing_eos_penalty value_warmup seed "
+            "evaluate_every bank_samples checkpoint_every")
         require(self.value_warmup < self.steps,
                 f"--value-warmup {self.value_warmup}: must be less than --steps {self.steps}")
         require(0 <= self.lam <= 1, f"--lam {self.lam}: must be in [0, 1]")
@@ -136,6 +137,7 @@ class Config:
                 f"--horizon {self.horizon}: must be more than a fifth of --batch-size "
                 f"{self.batch_size}")
         require(self.reward == "model" or not self.prompts, "--prompts: needs --reward model")
+        require(self.reward == "model" or not self.pairs_seed, "--pairs-seed: needs --reward model")
         name = {"model": "ppo", "gold": "ppo-gt"}.get(self.reward, "ppo")
         held_by = "target_kl" if adapts else "beta"
         never = ("reward",) if self.reward == "gold" else ()

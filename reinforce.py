@@ -73,6 +73,7 @@ class Config:
 
     # ---- what it starts from
     prompts: int = 0  # Prompts of the reward model's pairs, six each; 0 = the task's number.
+    pairs_seed: int = 0  # Seed of the reward model and its pairs: prompts, responses, labels.
     sft: str = ""  # Run folder of the SFT policy, if not runs/<dataset>/sft.
 
     # ---- optimisation
@@ -101,12 +102,13 @@ class Config:
         require_numbers(
             self,
             above_0="beta steps batch_size samples micro_batch_size lr warmup max_grad_norm",
-            from_0="prompts seed evaluate_every bank_samples checkpoint_every")
+            from_0="prompts pairs_seed seed evaluate_every bank_samples checkpoint_every")
         require(self.batch_size % self.samples == 0,
                 f"--batch-size {self.batch_size}: must be a multiple of --samples {self.samples}")
         require(self.baseline == "none" or self.samples > 1,
                 "--baseline leave-one-out: needs --samples 2 or more")
         require(self.reward == "model" or not self.prompts, "--prompts: needs --reward model")
+        require(self.reward == "model" or not self.pairs_seed, "--pairs-seed: needs --reward model")
         name = {"model": "reinforce", "gold": "reinforce-gt"}.get(self.reward, "reinforce")
         never = ("reward",) if self.reward == "gold" else ()
         self.out = self.out or run_folder(self, name, always=("beta", "seed"), never=never)

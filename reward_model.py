@@ -53,6 +53,7 @@ class Config:
     # ---- what it learns from
     labels: Literal["bt", "argmax"] = "bt"  # Who wins: by Bradley-Terry, or the better.
     prompts: int = 0  # Prompts to sample pairs for, six pairs each; 0 = the task's number.
+    pairs_seed: int = 0  # Seed of the pairs: which prompts, which responses, which labels.
     pairs: str = ""  # A JSON-lines file of your own pairs, in place of sampled ones.
     sft: str = ""  # Run folder of the SFT policy, if not runs/<dataset>/sft.
     block_size: int = 0  # Tokens of prompt and response; 0 = as many as the SFT policy has.
@@ -81,10 +82,12 @@ class Config:
         require_numbers(
             self,
             above_0="epochs batch_size lr warmup max_grad_norm",
-            from_0="prompts block_size micro_batch_size weight_decay seed checkpoint_every")
+            from_0="prompts pairs_seed block_size micro_batch_size weight_decay seed "
+            "checkpoint_every")
         require(self.block_size == 0 or self.block_size > 2,
                 f"--block-size {self.block_size}: must be 0 or > 2")
         require(not (self.prompts and self.pairs), "--prompts: not with --pairs")
+        require(not (self.pairs_seed and self.pairs), "--pairs-seed: not with --pairs")
         self.out = self.out or run_folder(self, "reward-model")
 
 
@@ -219,7 +222,8 @@ def built_from(config: Config, start: pipeline.Start | None = None) -> dict[str,
             start.pairs_id = sha256(own)
         else:
             start.gold = pipeline.gold_reward(start)
-            start.pairs_id = sha256(pipeline.sampled_pairs(start, config.labels, config.prompts))
+            start.pairs_id = sha256(pipeline.sampled_pairs(start, config.labels, config.prompts,
+                                                           config.pairs_seed))
     return {"policy": start.policy_id, "pairs": start.pairs_id}
 
 

@@ -61,6 +61,7 @@ class Config:
     # task's documents, the pairs' chosen responses (Preferred-FT), or pretrain.jsonl (tldr).
     init: str = ""  # Start from a finished run, a GPT-2 name (gpt2, gpt2-medium, ...) or a folder
     # with a GPT-2 checkpoint; its size then wins over --n-layer, --n-head and --n-embd.
+    pairs_seed: int = 0  # Seed of the pairs: which prompts, which responses, which labels.
     pairs: str = ""  # Pairs of --on chosen, if not those that are sampled from the SFT policy.
 
     # ---- the model
@@ -93,10 +94,13 @@ class Config:
         require_processes(self)
         require_numbers(self,
                         above_0="n_layer n_head n_embd batch_size steps lr warmup max_grad_norm",
-                        from_0="micro_batch_size weight_decay seed evaluate_every checkpoint_every")
+                        from_0="pairs_seed micro_batch_size weight_decay seed evaluate_every "
+                        "checkpoint_every")
         require(2 < self.block_size < 10**9,
                 f"--block-size {self.block_size}: must be > 2 and below 10^9")
         require(self.on == "chosen" or not self.pairs, "--pairs: needs --on chosen")
+        require(self.on == "chosen" or not self.pairs_seed, "--pairs-seed: needs --on chosen")
+        require(not (self.pairs_seed and self.pairs), "--pairs-seed: not with --pairs")
         require(self.on == "chosen" or not self.evaluate_every,
                 "--evaluate-every: needs --on chosen")
         names = {"documents": "sft", "chosen": "preferred-ft", "pretrain": "pretrained"}
@@ -245,6 +249,7 @@ def train(config: Config) -> Path:
     # ---- 1) data and model -----------------------------------------------------------------------
     use_device(config.device)
     check_folder(config)
+    pipeline.check_own_files(config)
     # of Preferred-FT: what it learns from, and what it is measured with
     pairs_file, start = pipeline.own_pairs_file(config) if config.on == "chosen" else "", None
     pair_rows = read_pairs(pairs_file) if pairs_file else []
@@ -253,7 +258,7 @@ def train(config: Config) -> Path:
         start = preferred_ft_start(config, init)
         if not pairs_file:
             labels = tasks.load(config.dataset).labels
-            pairs_file = str(pipeline.sampled_pairs(start, labels))
+            pairs_file = str(pipeline.sampled_pairs(start, labels, seed=config.pairs_seed))
         pair_rows = pair_rows or read_pairs(pairs_file)
 
     model, tokenizer = initial_model(config, init)

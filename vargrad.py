@@ -73,6 +73,7 @@ class Config:
 
     # ---- what it starts from
     prompts: int = 0  # Prompts of the reward model's pairs, six each; 0 = the task's number.
+    pairs_seed: int = 0  # Seed of the reward model and its pairs: prompts, responses, labels.
     sft: str = ""  # Run folder of the SFT policy, if not runs/<dataset>/sft.
 
     # ---- optimisation
@@ -102,11 +103,12 @@ class Config:
         require_numbers(
             self,
             above_0="beta steps batch_size samples micro_batch_size lr warmup max_grad_norm",
-            from_0="replay prompts seed evaluate_every bank_samples checkpoint_every")
+            from_0="replay prompts pairs_seed seed evaluate_every bank_samples checkpoint_every")
         require(self.samples > 1, "--samples: a variance needs 2 responses or more to a prompt")
         require(self.batch_size % self.samples == 0,
                 f"--batch-size {self.batch_size}: must be a multiple of --samples {self.samples}")
         require(self.reward == "model" or not self.prompts, "--prompts: needs --reward model")
+        require(self.reward == "model" or not self.pairs_seed, "--pairs-seed: needs --reward model")
         name = {"model": "vargrad", "gold": "vargrad-gt"}.get(self.reward, "vargrad")
         never = ("reward",) if self.reward == "gold" else ()
         self.out = self.out or run_folder(self, name, always=("beta", "seed"), never=never)

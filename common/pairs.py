@@ -291,7 +291,8 @@ def sampled_responses(model: GPT, tokenizer: Tokenizer, prompts: list[str], samp
 def sample_pairs(
         model: GPT, tokenizer: Tokenizer, prompts: list[str], samples: int,
         labels: Literal["bt", "argmax"], scale: float,
-        gold: Callable[[list[str], list[str]], torch.Tensor]) -> tuple[list[dict], int, float]:
+        gold: Callable[[list[str], list[str]], torch.Tensor],
+        seed: int = SEED) -> tuple[list[dict], int, float]:
     """Sample responses to every prompt, and label all pairs of those of one prompt by their gold
     reward.
 
@@ -305,14 +306,14 @@ def sample_pairs(
         label agrees with the gold order, ties counting half.
     """
     description = f"pairs: {samples} responses to {len(prompts)} prompts"
-    parts, texts = sampled_responses(model, tokenizer, prompts, samples, SEED,
+    parts, texts = sampled_responses(model, tokenizer, prompts, samples, seed,
                                      description=description)
     rewards = gold([prompt for prompt in prompts for _ in range(samples)], texts)
     ids = [row for part in parts for row in part.response_ids()]
     special = {tokenizer.pad, tokenizer.bos}  # a policy that is hardly trained may sample them
     is_text = [text != "" and not special & set(row) for text, row in zip(texts, ids)]
     rows, left_out, agree = [], 0, 0.0
-    for i, a, b in label_pairs(rewards.view(-1, samples), labels, scale, generator(SEED, 2)):
+    for i, a, b in label_pairs(rewards.view(-1, samples), labels, scale, generator(seed, 2)):
         a, b = i * samples + a, i * samples + b
         if not (is_text[a] and is_text[b]) or texts[a] == texts[b]:
             left_out += 1

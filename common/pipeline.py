@@ -103,7 +103,7 @@ def start(config: Any, bank: bool = True) -> Start:
     if (bank or (wants_pairs and not own)) and not tasks.is_own(config.dataset):
         begun.gold = gold_reward(begun)
     if wants_pairs and not own:
-        path = sampled_pairs(begun, config.labels, config.prompts)
+        path = sampled_pairs(begun, config.labels, config.prompts, config.pairs_seed)
         use_pairs(begun, read_pairs(path), path)
     if reward_name is not None:
         begun.reward = reward(config, begun)
@@ -131,6 +131,8 @@ def check_own_files(config: Any) -> None:
         require_gold(config.dataset)
     if getattr(config, "prompts", 0):
         fail("--prompts: no pairs are sampled for a folder of your own files")
+    if getattr(config, "pairs_seed", 0):
+        fail("--pairs-seed: no pairs are sampled for a folder of your own files")
     if getattr(config, "labels", "bt") != "bt":
         fail("--labels: pairs of your own are labelled")
     if reward_name == "model":
@@ -202,12 +204,15 @@ def pretrained(dataset: str, preset: str, dtype: str = "auto") -> Path | None:
 
 
 def reward_model(config: Any) -> Path:
-    """The reward model of the pairs that a script's Config (sft, prompts, dtype) asks for."""
+    """The reward model of the pairs that a script's Config (sft, prompts, pairs_seed, dtype) asks
+    for. Other pairs are another draw of all of it: its own seed is that of the pairs."""
     module = importlib.import_module("reward_model")
     return stage(
         module.Config(dataset=config.dataset,
                       preset=config.preset,
                       prompts=config.prompts,
+                      pairs_seed=config.pairs_seed,
+                      seed=config.pairs_seed,
                       sft=config.sft,
                       dtype=config.dtype,
                       resume=True))
@@ -263,17 +268,19 @@ def use_pairs(start: Start, rows: list[dict], path: Path) -> None:
     start.pairs_file, start.pairs_id = path, sha256(path)
 
 
-def sampled_pairs(start: Start, labels: str, prompts: int = 0) -> Path:
+def sampled_pairs(start: Start, labels: str, prompts: int = 0, seed: int = 0) -> Path:
     """The pairs file of a runs folder: sampled from the SFT policy, and labelled by the gold
     reward.
 
     Args:
         prompts: training prompts to sample for, if not as many as the task says; then the folder's
             name has the number.
+        seed: of prompts, responses and labels; any but 0 is in the folder's name.
     """
     task, preset = tasks.load(start.dataset), tasks.load_preset(start.dataset, start.preset)
     count = prompts or preset.pair_prompts
-    folder = start.folder / (f"pairs-{labels}-{prompts}" if prompts else f"pairs-{labels}")
+    name = f"pairs-{labels}" + (f"-{prompts}" if prompts else "") + (f"-seed{seed}" if seed else "")
+    folder = start.folder / name
     path = folder / "pairs.jsonl"
     made_of = {
         "dataset": start.dataset,
@@ -281,7 +288,7 @@ def sampled_pairs(start: Start, labels: str, prompts: int = 0) -> Path:
         "prompts": count,
         "samples": preset.pair_samples,
         "scale": task.label_scale,
-        "seed": PAIRS_SEED
+        "seed": PAIRS_SEED + seed
     }
     built_from = {"policy": start.policy_id, "gold": start.gold.id,
                   "prompts": tasks.data_id(tasks.prepared(start.dataset), "prompts_train.jsonl")}
@@ -295,10 +302,11 @@ def sampled_pairs(start: Start, labels: str, prompts: int = 0) -> Path:
     every = tasks.prompts(start.dataset, "train")
     if prompts > len(every):
         fail(f"--prompts {prompts}: data/{start.dataset} has {len(every)} training prompts")
-    chosen = torch.randperm(len(every), generator=generator(PAIRS_SEED, 1))[:count].tolist()
+    chosen = torch.randperm(len(every), generator=generator(PAIRS_SEED + seed, 1))[:count].tolist()
     print(f"building what is missing: pairs{about(preset.minutes.get('pairs'))}", flush=True)
     rows, left_out, agree = sample_pairs(start.ref, start.tokenizer, [every[i] for i in chosen],
-                                         preset.pair_samples, labels, task.label_scale, start.gold)
+                                         preset.pair_samples, labels, task.label_scale, start.gold,
+                                         PAIRS_SEED + seed)
     if not rows:
         fail(f"{folder}: no two responses to a prompt differ: train the SFT policy for longer")
     write_json(

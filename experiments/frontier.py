@@ -12,19 +12,25 @@
 Stop it whenever you like: Ctrl-C leaves table and figure of what is finished, and the same command
 goes on from there. --print lists what is still to do, for several machines (experiments/sweep.py).
 
-Every policy is evaluated along its training, on held-out prompts. A run's evaluations, joined by
-lines, are its *path*. A method's reward at a given KL is read from the path of every run, where the
-path last crosses that KL, and averaged over seeds; the best setting counts. For each seed, the line
-from the reference through the ends of the settings (in order of KL) counts as one more setting.
-Standard errors are over seeds.
+Every policy is evaluated along its training, on held-out prompts. What counts is where the runs of
+a setting end: mean KL and mean reward over seeds, each of which draws pairs, labels, reward model
+and run anew. The table has policies that ran: of the settings that no mixture of others beats, the
+one that ends nearest to each of a few KLs, and the one with the largest reward. They are chosen on
+the prompts that they are reported on.
 
-The best setting is chosen on the prompts that it is reported on, so each method looks better by
-about one standard error. Of a method with one setting the table has the end of its runs only. A
-line of the figure is the best that a method reached at a KL or below it, so it never falls.
+Methods are compared at exactly the same KL by interpolation: on the upper concave hull of a
+method's ends and the reference. A point of it is on the line between two policies. Whoever draws
+each response from one of the two, by chance, has just that mean reward, and at most that mean KL,
+as KL is convex: so the line is never above what policies that ran can have. It may be too low, the
+more so the further apart the two are. It is read between a method's own ends only.
+
+Standard errors: the deviation between seeds, pooled over all settings of a method, as three seeds
+of one setting say little; never below the error of the evaluations themselves.
 
 Reads   what the scripts need, built if it is missing
 Writes  runs/<dataset>/frontier/ (or frontier-why/, frontier-FILE/, ...): the runs, results.jsonl
-        (one row for each evaluation), table.md, frontier.png, frontier.svg
+        (one row for each evaluation), curve.jsonl (reference, best of n, optimum), table.md,
+        frontier.png, frontier.svg
 """
 from __future__ import annotations
 
@@ -37,25 +43,29 @@ import common  # noqa: F401  first, so that Ctrl-C while torch is imported is on
 
 import math
 import statistics
-from collections import Counter
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
 
 import evaluate
 from common import fail, pipeline
 from common.figures import figure
 from common.files import atomic_write, check_writable, read_json_object, write_jsonl
 from common.run import check_folder
-from common.settings import (changed, defaults_of, parse, require, require_numbers, runs_folder,
-                             runs_of, settings)
+from common.settings import (changed, parse, require, require_numbers, runs_folder, runs_of,
+                             settings)
 from common.statistics import mean_se
 from common.training import Device, use_device
 from experiments.grids import GRIDS, drawn_run, methods_of, plan
 from experiments.sweep import (STOPPED, PlannedRun, finished_log, is_finished, print_commands,
                                run_all, with_sources)
 
-KLS = (1.0, 2.0, 4.0, 8.0)  # nats at which the table reads every method
+KLS = (1.0, 2.0, 4.0, 8.0)  # nats near which the table shows policies that ran
+NEAR = 1.3  # the largest ratio of two KLs that are still near
+BETWEEN = (0.5, 1.0, 2.0, 3.0, 4.0, 8.0)  # nats at which methods are compared, interpolated
 
 
 @settings
@@ -96,20 +106,14 @@ class Config:
 
 # ---- what the runs have measured -----------------------------------------------------------------
 
-Paths = dict[str, dict[int, list[dict]]]  # setting -> seed -> the evaluations of one run, in order
-
-
 def collect(runs: list[PlannedRun]) -> list[dict]:
     """One row for each evaluation of every run: what was run, and what was measured."""
     rows = []
     for run in runs:
-        config = run.config
-        choice = [name for name in ("dataset", "preset", "on") if hasattr(config, name)]
-        usual = defaults_of(type(config), **{name: getattr(config, name) for name in choice})["lr"]
         log = finished_log(run)
-        end = log[-1]
-        evaluations = [row for row in log if "eval_reward" in row] or [at_the_end(run)]
-        for evaluation in evaluations:
+        end, evaluations = log[-1], [row for row in log if "eval_reward" in row]
+        on_the_way = [row for row in evaluations if row["step"] < end["step"]]
+        for evaluation in [*on_the_way, at_the_end(run, evaluations)]:
             measured = {name.removeprefix("eval_"): value for name, value in evaluation.items()
                         if name.startswith("eval_")}
             rows.append({"method": run.method,
@@ -117,9 +121,8 @@ def collect(runs: list[PlannedRun]) -> list[dict]:
                          "seed": run.seed,
                          "step": evaluation["step"],
                          **measured,
-                         "beta": getattr(config, "beta", None),
-                         "lr": config.lr,
-                         "lr_factor": config.lr / usual,
+                         "beta": getattr(run.config, "beta", None),
+                         "lr": run.config.lr,
                          "last": evaluation["step"] == end["step"],
                          "seconds": end["seconds"],
                          "samples": end.get("samples", 0),
@@ -127,255 +130,271 @@ def collect(runs: list[PlannedRun]) -> list[dict]:
     return rows
 
 
-def at_the_end(run: PlannedRun) -> dict:
-    """The evaluation at the end of a run that was not evaluated on its way."""
+def at_the_end(run: PlannedRun, evaluations: list[dict]) -> dict:
+    """The evaluation at the end of a run, with the means of every prompt. Preferred-FT has written
+    no evaluation.json: the last one of its log."""
     path = Path(run.config.out) / "evaluation.json"
+    if evaluations and not path.exists():
+        return evaluations[-1]
     evaluation = read_json_object(path, "step", "name", "table")
-    row = evaluation["table"][evaluation["name"]]
-    return {"step": evaluation["step"],
-            **{f"eval_{name}": value for name, value in row.items()
-               if name.removesuffix("_se") in ("reward", "kl", "length")}}
+    row = evaluation["table"][evaluation["name"]] | {"per_prompt": evaluation.get("per_prompt")}
+    measured = ("reward", "kl", "length", "kl_to_optimum", "per_prompt")
+    return {"step": evaluation["step"], **{f"eval_{name}": value for name, value in row.items()
+                                           if name.removesuffix("_se") in measured
+                                           and value is not None}}
 
 
-def with_lr_factor(rows: list[dict]) -> list[dict]:
-    """Rows as `collect` makes them now. Those of older sweeps have no lr_factor: there, the usual
-    learning rate of a method is the one that most of its settings have."""
-    lrs = {(row["method"], row["setting"]): row.get("lr") for row in rows}
-    usual = {}
-    for method in {method for method, _ in lrs}:
-        own = [lr for (name, _), lr in lrs.items() if name == method]
-        usual[method] = Counter(own).most_common(1)[0][0]
-    return [{"lr_factor": row["lr"] / usual[row["method"]], **row} for row in rows]
-
-
-def by_method(rows: list[dict]) -> dict[str, Paths]:
-    """The paths of every run of each method."""
-    found: dict[str, Paths] = {}
-    for row in with_lr_factor(rows):
-        seeds = found.setdefault(row["method"], {}).setdefault(row["setting"], {})
-        seeds.setdefault(row["seed"], []).append(row)
-    return found
-
-
-def reward_at(path: list[dict], kl: float) -> float | None:
-    """The reward of one run where it last crossed this KL, on the line between the evaluations
-    before and after that; None if it never did."""
-    for a, b in reversed(list(zip(path, path[1:]))):
-        low, high = sorted((a["kl"], b["kl"]))
-        if low <= kl <= high and low < high:
-            return a["reward"] + (b["reward"] - a["reward"]) * (kl - a["kl"]) / (b["kl"] - a["kl"])
-    return None
-
-
-class Best(NamedTuple):
-    """The best setting of a method at some KL."""
-    reward: float  # mean over seeds
-    se: float  # its standard error; nan for one seed
+@dataclass
+class End:
+    """Where the runs of one setting end."""
     setting: str
+    rows: list[dict]  # the last evaluation of every seed
+
+    @cached_property
+    def kl(self) -> float:
+        return statistics.mean(row["kl"] for row in self.rows)
+
+    @cached_property
+    def reward(self) -> float:
+        return statistics.mean(row["reward"] for row in self.rows)
+
+    @cached_property
+    def per_prompt(self) -> np.ndarray | None:
+        """Its reward on each prompt (M,), mean over seeds; None where rows do not say it."""
+        if not all("per_prompt" in row for row in self.rows):
+            return None
+        return np.mean([row["per_prompt"]["reward"] for row in self.rows], axis=0)
 
 
-def best_at(paths: Paths, kl: float) -> Best | None:
-    """The best at this KL of all settings whose every seed got there, the line between them too."""
-    candidates = {**paths, "between settings": between_settings(paths)}
-    found = []
-    for setting, seeds in candidates.items():
-        rewards = [reward_at(path, kl) for path in seeds.values()]
-        if rewards and None not in rewards:
-            found.append(Best(*mean_se(rewards), setting))
-    return max(found, key=lambda best: best.reward, default=None)
+@dataclass
+class Method:
+    """What was measured of a method."""
+    name: str
+    rows: list[dict]
+    reference: End  # a row of its own, at a KL of 0
+
+    @cached_property
+    def ends(self) -> list[End]:
+        found: dict[str, list[dict]] = {}
+        for row in self.rows:
+            if row["last"]:
+                found.setdefault(row["setting"], []).append(row)
+        return [End(setting, rows) for setting, rows in found.items()]
+
+    @cached_property
+    def seeds(self) -> int:
+        return min(len(end.rows) for end in self.ends)
+
+    @cached_property
+    def error_of_seeds(self) -> float:
+        """What an end's reward varies by with the seeds: their standard deviation, pooled over all
+        settings, / sqrt(seeds). 0 for one seed, of which nobody knows."""
+        squares = sum((row["reward"] - end.reward) ** 2 for end in self.ends for row in end.rows)
+        freedom = sum(len(end.rows) - 1 for end in self.ends)
+        return math.sqrt(squares / max(1, freedom) / self.seeds)
+
+    @cached_property
+    def error(self) -> float:
+        """The standard error of an end's reward: that of the seeds, but not below what the
+        evaluations of so many runs have by themselves."""
+        own = statistics.mean(row["reward_se"] ** 2 for end in self.ends for row in end.rows)
+        return max(self.error_of_seeds, math.sqrt(own / self.seeds))
+
+    @cached_property
+    def hull(self) -> list[End]:
+        """The ends on the upper concave hull of all ends and the reference, from that on."""
+        kept = [self.reference]
+        for c in sorted(self.ends, key=lambda end: end.kl):
+            while len(kept) > 1:
+                a, b = kept[-2:]
+                if (b.reward - a.reward) * (c.kl - a.kl) > (c.reward - a.reward) * (b.kl - a.kl):
+                    break  # b is above the line from a to c
+                kept.pop()
+            if c.kl > kept[-1].kl:
+                kept.append(c)
+        return kept
+
+    def near(self, kl: float) -> End | None:
+        """The end on the hull that is nearest to this KL, if one is near."""
+        ratios = {max(end.kl / kl, kl / end.kl): end for end in self.hull[1:]}
+        return ratios[min(ratios)] if ratios and min(ratios) <= NEAR else None
+
+    def between(self, kl: float) -> list[tuple[float, End]]:
+        """The neighbours on the hull, with their weights: a mixture of two policies with at most
+        this KL. None below and none beyond the method's own ends."""
+        if kl < min(end.kl for end in self.ends):
+            return []
+        for a, b in zip(self.hull, self.hull[1:]):
+            if a.kl <= kl <= b.kl:
+                part = (kl - a.kl) / (b.kl - a.kl)
+                return [(weight, end) for weight, end in ((1 - part, a), (part, b)) if weight]
+        return []
 
 
-def between_settings(paths: Paths) -> dict[int, list[dict]]:
-    """For each seed the line from the reference through the ends of the runs, in order of their KL.
+def mixed_reward(mixture: list[tuple[float, End]]) -> float:
+    return sum(weight * end.reward for weight, end in mixture)
 
-    Runs with another learning rate than the usual one are left out: their ends lie elsewhere.
+
+def difference(one: Method, other: Method, kl: float) -> tuple[float, float] | None:
+    """Reward of one method less that of another at this KL, with its standard error; None where one
+    of them has no ends on both sides.
+
+    Where the rows have the means of every prompt, the two are paired: an easy prompt is easy for
+    both. The error over prompts of the difference then holds what these prompts and responses have
+    by chance, but not what training has: its seeds are averaged out. So the errors of both methods'
+    seeds are added, in quadrature.
     """
-    points: dict[int, list[dict]] = {}
-    for seeds in paths.values():
-        for seed, path in seeds.items():
-            if path[0]["lr_factor"] == 1:
-                points.setdefault(seed, [path[0]]).append(path[-1])
-    return {seed: sorted(own, key=lambda row: row["kl"]) for seed, own in points.items()}
+    a, b = one.between(kl), other.between(kl)
+    if not a or not b:
+        return None
+    value = mixed_reward(a) - mixed_reward(b)
+    parts = [*a, *((-weight, end) for weight, end in b)]
+    if any(end.per_prompt is None for _, end in parts):
+        return value, math.hypot(one.error, other.error)
+    per_prompt = sum(weight * end.per_prompt for weight, end in parts)
+    return value, math.hypot(mean_se(per_prompt)[1], one.error_of_seeds, other.error_of_seeds)
 
 
-def envelope(paths: Paths, kls: list[float]) -> list[tuple[float, Best]]:
-    """The best that a method reached at each KL or below it, up to the largest KL that it reached.
+# ---- what policies are measured by ---------------------------------------------------------------
 
-    It cannot fall. Read at exactly a KL, the best reward goes up and down with the settings that
-    happen to cross there, which is not what the method can do with that much KL.
-    """
-    line: list[tuple[float, Best]] = []
-    for kl in kls:
-        best = best_at(paths, kl)
-        if best is None:
-            continue
-        if line and line[-1][1].reward > best.reward:
-            best = line[-1][1]
-        line.append((kl, best))
-    return line
+def curve_of(bank: evaluate.Bank) -> list[dict]:
+    """The reference, best of n and the optimum, as rows: all that is read off the bank."""
+    M, N = bank.rewards.shape
+    per_prompt = bank.rewards.double().mean(1)
+    rows = [{"curve": "reference", "kl": 0.0, "reward": bank.rewards.mean().item(), "prompts": M,
+             "responses": N, "per_prompt": {"reward": [round(r, 5) for r in per_prompt.tolist()]}}]
+    for n in range(1, N // 4 + 1):  # of more, a bank says too little
+        weights = evaluate.best_of_n_weights(bank.rewards, n)
+        reward, error = mean_se((weights * bank.rewards).sum(1))
+        rows.append({"curve": "best of n", "n": n, "kl": evaluate.best_of_n_kl(n),
+                     "reward": reward, "reward_se": error})
+    return rows + [{"curve": "optimum", **point} for point in evaluate.optimal_curve(bank.rewards)]
+
+
+class Scale:
+    """By what a reward at a KL is measured: the rows of curve.jsonl."""
+
+    def __init__(self, curve: list[dict]):
+        self.optimum = [row for row in curve if row["curve"] == "optimum"]
+        self.best_of_n = [row for row in curve if row["curve"] == "best of n"]
+        self.reference = End("reference", [row for row in curve if row["curve"] == "reference"])
+
+    def methods(self, rows: list[dict]) -> dict[str, Method]:
+        """The methods of these rows, by name."""
+        found: dict[str, list[dict]] = {}
+        for row in rows:
+            found.setdefault(row["method"], []).append(row)
+        return {name: Method(name, own, self.reference) for name, own in found.items()}
+
+    def share(self, reward: float, kl: float) -> str:
+        """The share of the optimum: 68%, or ≤ 75% where the optimum is known from below only."""
+        share, known = evaluate.share_of_optimum(self.optimum, reward, kl, self.reference.reward)
+        return f"{'' if known else '≤ '}{share:.0%}"
+
+    def both(self, reward: float, kl: float) -> str:
+        """(68%; 41%): share of the optimum and KL efficiency, as far as that is known."""
+        efficiency = evaluate.kl_efficiency(self.optimum, reward, kl)
+        return f"({self.share(reward, kl)}{'' if efficiency is None else f'; {efficiency:.0%}'})"
+
+    def best_at(self, kl: float) -> str:
+        """Best of n, at its own KL, with the largest n whose KL is known to be no larger than this;
+        if the bank has it."""
+        end = max(self.best_of_n, key=lambda row: (row["kl"] <= kl, row["n"]))
+        if end is self.best_of_n[-1]:
+            return ""
+        reward = number(end["reward"], end["reward_se"], ".3f")
+        return f"{reward} at ≤ {end['kl']:.2f} ({self.share(end['reward'], end['kl'])})"
+
+    def optimum_at(self, kl: float) -> str:
+        reward, known = evaluate.optimal_reward(self.optimum, kl)
+        return f"{'' if known else '≥ '}{reward:.3f}"
 
 
 # ---- the table -----------------------------------------------------------------------------------
 
-@dataclass
-class Cell:
-    """A reward at a KL, and what share that is of the gain that the optimum has there."""
-    reward: float
-    se: float
-    share: float
-    share_se: float
-    known: bool  # False: the optimum at this KL is known from below only, and the share from above
+def markdown(rows: list[dict], scale: Scale) -> str:
+    """The tables as they stand in results/<dataset>/README.md. Where no method has several settings
+    there are no columns for the KLs, and nothing to interpolate."""
+    methods = scale.methods(rows)
+    several = {name: method for name, method in methods.items() if len(method.ends) > 1}
+    kls = KLS if several else ()
+    lines = [["", *(f"near {in_nats(kl)}" for kl in kls), "largest reward", "its KL", "length",
+              "seconds", "sampled", "scored"]]
+    for method in methods.values():
+        near = [method.near(kl) for kl in kls]
+        cells = [f"{number(end.reward, method.error, '.3f')} at {end.kl:.2f} "
+                 f"{scale.both(end.reward, end.kl)}" if end else "" for end in near]
+        best = max(method.ends, key=lambda end: end.reward)
+        kl = number(*mean_se([row["kl"] for row in best.rows]), ".2f")
+        lines.append([method.name, *cells,
+                      f"{number(best.reward, method.error, '.3f')} ({best.setting})",
+                      f"{kl} {scale.both(best.reward, best.kl)}", *costs(best)])
+    if kls:
+        lines.append(["best of n", *(scale.best_at(kl) for kl in kls), *[""] * 6])
+    end = scale.optimum[-1]
+    lines.append(["**optimum**", *(f"{scale.optimum_at(kl)} at {kl:g}" for kl in kls),
+                  f"{end['reward']:.3f}", f"{end['kl']:.2f}", *[""] * 4])
+    text = ("Where runs end: gold reward, its KL, and in brackets the share of the optimum and the "
+            "KL efficiency.\n\n" + as_table(lines))
+    if not several:
+        return text
+
+    # ---- at exactly a KL
+    lines = [["", *(in_nats(kl) for kl in BETWEEN)]]
+    for method in several.values():
+        mixtures = [(kl, method.between(kl)) for kl in BETWEEN]
+        lines.append([method.name, *(
+            f"{number(mixed_reward(mixture), method.error, '.3f')} "
+            f"({scale.share(mixed_reward(mixture), kl)})" if mixture else ""
+            for kl, mixture in mixtures)])
+    for other in ("PPO", "PPO-GT"):
+        if {"DPO", other} <= several.keys():
+            found = [difference(several["DPO"], several[other], kl) for kl in BETWEEN]
+            lines.append([f"DPO − {other}", *(number(*d, "+.3f") if d else "" for d in found)])
+    lines.append(["**optimum**", *(scale.optimum_at(kl) for kl in BETWEEN)])
+    return text + ("\nAt exactly these KLs, interpolated between two policies that ran: what a "
+                   "mixture of the two has.\n\n" + as_table(lines))
 
 
-@dataclass
-class Line:
-    """A line of the table."""
-    kind: Literal["method", "best of n"]
-    name: str
-    at: dict[float, Cell]  # KL -> the reward there, for a method with several settings
-    # of the setting that ends with the largest reward; best of n has none
-    setting: str = ""
-    end: Cell | None = None
-    kl: float = 0.0
-    kl_se: float = 0.0
-    length: float = 0.0  # tokens of a response
-    seconds: float = 0.0  # of one run; the median over seeds, as a machine may sleep for a while
-    samples: float = 0.0  # responses that one run draws
-    reward_calls: float = 0.0
+def as_table(lines: list[list[str]]) -> str:
+    """A head and its rows in markdown."""
+    head, *others = ["| " + " | ".join(cells) + " |\n" for cells in lines]
+    return head + "|---" * len(lines[0]) + "|\n" + "".join(others)
 
 
-class Scale:
-    """The optimal curve of a bank, by which rewards are measured."""
-
-    def __init__(self, bank: evaluate.Bank):
-        self.curve = evaluate.optimal_curve(bank.rewards)
-        self.reference = bank.rewards.mean().item()  # reward of the reference policy
-
-    def cell(self, kl: float, reward: float, se: float) -> Cell:
-        best, known = evaluate.optimal_reward(self.curve, kl)
-        gain = max(best - self.reference, 1e-9)
-        return Cell(reward, se, (reward - self.reference) / gain, se / gain, known)
+def in_nats(kl: float) -> str:
+    return f"{kl:g} nat{'s' if kl != 1 else ''}"
 
 
-def table(rows: list[dict], bank: evaluate.Bank) -> list[Line]:
-    """A line for each method, and one for best of n."""
-    scale = Scale(bank)
-    lines = [method_line(method, paths, scale) for method, paths in by_method(rows).items()]
-    return [*lines, best_of_n_line(bank, scale)]
-
-
-def method_line(method: str, paths: Paths, scale: Scale) -> Line:
-    """Reward and share of the optimum at each of KLS, and where the setting that ends best ends."""
-    line = Line("method", method, {})
-    if len(paths) > 1:  # a single setting passes KLs for which it was not made
-        for kl in KLS:
-            if best := best_at(paths, kl):
-                line.at[kl] = scale.cell(kl, best.reward, best.se)
-
-    ends = {setting: [path[-1] for path in seeds.values()] for setting, seeds in paths.items()}
-
-    def over_seeds(setting: str, name: str) -> tuple[float, float]:
-        return mean_se([row[name] for row in ends[setting]])
-
-    line.setting = max(ends, key=lambda setting: over_seeds(setting, "reward")[0])
-    line.kl, line.kl_se = over_seeds(line.setting, "kl")
-    line.end = scale.cell(line.kl, *over_seeds(line.setting, "reward"))
-    line.seconds = statistics.median(row["seconds"] for row in ends[line.setting])
-    for name in ("length", "samples", "reward_calls"):
-        setattr(line, name, over_seeds(line.setting, name)[0])
-    return line
-
-
-def best_of_n_line(bank: evaluate.Bank, scale: Scale) -> Line:
-    """Best of n at each KL, with the largest n whose KL is known to be no larger."""
-    line = Line("best of n", "best of n", {})
-    largest = bank.rewards.shape[1] // 4  # of more, a bank says too little
-    for kl in KLS:
-        fit = [n for n in range(1, largest + 1) if evaluate.best_of_n_kl(n) <= kl]
-        if fit and fit[-1] < largest:
-            weights = evaluate.best_of_n_weights(bank.rewards, fit[-1])
-            per_prompt = (weights * bank.rewards).sum(1)
-            line.at[kl] = scale.cell(kl, *mean_se(per_prompt))
-    return line
-
-
-def markdown(lines: list[Line], bank: evaluate.Bank) -> str:
-    """The table as it stands in results/<dataset>/README.md. Where no method has several settings
-    there are no columns for the KLs, and so no line for best of n."""
-    kls = KLS if any(line.at for line in lines if line.kind == "method") else ()
-    head = [*(f"at {kl:g} nat{'s' if kl > 1 else ''}" for kl in kls),
-            "largest reward", "its KL", "length", "seconds", "sampled", "scored"]
-    text = "| | " + " | ".join(head) + " |\n" + "|---" * (1 + len(head)) + "|\n"
-    for line in lines:
-        at = [f"{number(line.at[kl].reward, line.at[kl].se, '.3f')} {share(line.at[kl])}"
-              if kl in line.at else "" for kl in kls]
-        if line.kind == "method":
-            end = line.end
-            text += "| " + " | ".join(
-                [line.name, *at,
-                 f"{number(end.reward, end.se, '.3f')} ({line.setting})",
-                 f"{number(line.kl, line.kl_se, '.2f')} {share(end)}",
-                 f"{line.length:.1f}", f"{line.seconds:.0f}",
-                 f"{line.samples:.0f}", f"{line.reward_calls:.0f}"]) + " |\n"
-        elif kls:
-            text += "| " + " | ".join([line.name, *at]) + " | | | | | | |\n"
-
-    curve = evaluate.optimal_curve(bank.rewards)
-    optimum = ["**optimum**"]
-    for kl in kls:
-        reward, known = evaluate.optimal_reward(curve, kl)
-        optimum.append(f"{'' if known else '≥ '}{reward:.3f}")
-    optimum += [f"{curve[-1]['reward']:.3f}", f"{curve[-1]['kl']:.2f}"]
-    return text + "| " + " | ".join(optimum) + " | | | | |\n"
-
-
-def plus_minus(error: float, form: str) -> str:
-    """" ± 0.005"; one seed has no error."""
-    return "" if math.isnan(error) else f" ± {error:{form}}"
+def costs(end: End) -> list[str]:
+    """Tokens of a response; seconds (the median: a machine may sleep for a while), responses drawn
+    and calls of the reward of one run."""
+    seconds = statistics.median(row["seconds"] for row in end.rows)
+    length, samples, calls = (statistics.mean(row[name] for row in end.rows)
+                              for name in ("length", "samples", "reward_calls"))
+    return [f"{length:.1f}", f"{seconds:.0f}", f"{samples:.0f}", f"{calls:.0f}"]
 
 
 def number(value: float, error: float, form: str) -> str:
-    """0.739 ± 0.005"""
-    return f"{value:{form}}{plus_minus(error, form)}"
-
-
-def share(cell: Cell) -> str:
-    """(62% ± 2), or (≤ 75% ± 1) where the optimum is known from below only."""
-    bound = "" if cell.known else "≤ "
-    return f"({bound}{cell.share:.0%}{plus_minus(100 * cell.share_se, '.0f')})"
-
-
-def compare(lines: list[Line]) -> str:
-    """What the paper claims, DPO above PPO and PPO-GT at every KL, as differences with errors.
-
-    Only methods with several settings have a reward at a KL.
-    """
-    at = {line.name: line.at for line in lines if line.kind == "method"}
-    text = ""
-    for other in ("PPO", "PPO-GT"):
-        for kl in KLS:
-            if kl in at.get("DPO", {}) and kl in at.get(other, {}):
-                a, b = at["DPO"][kl], at[other][kl]
-                error = plus_minus(math.hypot(a.se, b.se), ".3f")
-                text += f"DPO - {other} at {kl:g} nats: {a.reward - b.reward:+.3f}{error}\n"
-    return text
+    """0.739 ± 0.005, or −0.014 ± 0.009; the KL of one seed has no error."""
+    known = "" if math.isnan(error) else f" ± {error:{form.removeprefix('+')}}"
+    return f"{value:{form}}".replace("-", "−") + known
 
 
 # ---- the figure ----------------------------------------------------------------------------------
 
-def draw(rows: list[dict], bank: evaluate.Bank, dataset: str, folder: Path) -> None:
+def draw(rows: list[dict], scale: Scale, dataset: str, folder: Path) -> None:
     """Left: the KLs where the optimum lives. Middle: all of them. Right: what DPO's learning rate
-    does, if it was varied. Every evaluation is a point."""
-    methods = by_method(rows)
+    does, if it was varied. Every evaluation is a dot, every setting's end a marker."""
     rates = learning_rates(rows)
     widths = (5, 5, 3) if rates else (5, 5)
     each = 1.3 * sum(widths) / len(widths)  # inches
     with figure(folder / "frontier.png", len(widths), each, 5.2, ("png", "svg"),
                 width_ratios=widths) as (_, axes):
         for axis, limit in zip(axes, (4.0, 1.05 * max(row["kl"] for row in rows))):
-            draw_bounds(axis, bank, limit)
-            for i, (method, paths) in enumerate(methods.items()):
-                draw_method(axis, method, paths, f"C{i}", limit)
+            draw_bounds(axis, scale, limit)
+            for i, method in enumerate(scale.methods(rows).values()):
+                draw_method(axis, method, f"C{i}")
             axis.set(xlabel=r"KL$(\pi \,\|\, \pi_{ref})$, nats per response",
                      xlim=(-0.02 * limit, limit))
         axes[0].set(ylabel="gold reward", title=f"{dataset}: where the optimum lives")
@@ -385,44 +404,27 @@ def draw(rows: list[dict], bank: evaluate.Bank, dataset: str, folder: Path) -> N
             draw_learning_rates(axes[2], rates)
 
 
-def draw_bounds(axis, bank: evaluate.Bank, limit: float) -> None:
+def draw_bounds(axis, scale: Scale, limit: float) -> None:
     """The optimum as far as the bank shows it, then the largest reward there is; and best of n."""
-    curve = evaluate.optimal_curve(bank.rewards)
-    axis.plot([p["kl"] for p in curve], [p["reward"] for p in curve], color="black", linewidth=2,
-              label=r"optimum $\pi_{ref}\, e^{r/\beta} / Z$")
-    axis.plot([curve[-1]["kl"], limit], [1, 1], ":", color="black", linewidth=1)
-    kls, rewards = [], []
-    for n in (1, 2, 4, 8, 16, 32, 64):
-        if n <= bank.rewards.shape[1] // 4:
-            weights = evaluate.best_of_n_weights(bank.rewards, n)
-            kls.append(evaluate.best_of_n_kl(n))
-            rewards.append((weights * bank.rewards).sum(1).mean().item())
-    axis.plot(kls, rewards, "o--", color="gray", markersize=4, label="best of n (bound on its KL)")
+    axis.plot([row["kl"] for row in scale.optimum], [row["reward"] for row in scale.optimum],
+              color="black", linewidth=2, label=r"optimum $\pi_{ref}\, e^{r/\beta} / Z$")
+    axis.plot([scale.optimum[-1]["kl"], limit], [1, 1], ":", color="black", linewidth=1)
+    best = [row for row in scale.best_of_n if row["n"] in (1, 2, 4, 8, 16, 32, 64)]
+    axis.plot([row["kl"] for row in best], [row["reward"] for row in best], "o--", color="gray",
+              markersize=4, label="best of n (bound on its KL)")
 
 
-def draw_method(axis, method: str, paths: Paths, color: str, limit: float) -> None:
-    """Every evaluation; and the best setting as a line, with its standard error around it. Of a
-    method with one setting the path of every seed, and a square where they end on average."""
-    runs = [path for seeds in paths.values() for path in seeds.values()]
-    for path in runs:
-        axis.plot([row["kl"] for row in path], [row["reward"] for row in path], ".", color=color,
-                  markersize=3, alpha=0.35)
-    if len(paths) == 1:
-        for path in runs:
-            axis.plot([row["kl"] for row in path], [row["reward"] for row in path], color=color,
-                      linewidth=0.6)
-        kl, kl_se = mean_se([path[-1]["kl"] for path in runs])
-        reward, reward_se = mean_se([path[-1]["reward"] for path in runs])
-        axis.errorbar(kl, reward, reward_se, kl_se, "s", color=color, markersize=7,
-                      markeredgecolor="black", label=method)
-        return
-    line = envelope(paths, [limit * i / 100 for i in range(101)])
-    kls = [kl for kl, _ in line]
-    axis.plot(kls, [best.reward for _, best in line], color=color, linewidth=1.6,
-              label=f"{method}, best setting")
-    low = [best.reward - best.se for _, best in line]  # nan for one seed: nothing is filled
-    high = [best.reward + best.se for _, best in line]
-    axis.fill_between(kls, low, high, color=color, alpha=0.2, linewidth=0)
+def draw_method(axis, method: Method, color: str) -> None:
+    """Every evaluation as a dot, the settings' ends as markers with their errors, and the line
+    between them that mixtures reach."""
+    axis.plot([row["kl"] for row in method.rows], [row["reward"] for row in method.rows], ".",
+              color=color, markersize=3, alpha=0.25)
+    if len(method.ends) > 1:
+        axis.plot([end.kl for end in method.hull], [end.reward for end in method.hull],
+                  color=color, linewidth=1.4)
+    axis.errorbar([end.kl for end in method.ends], [end.reward for end in method.ends],
+                  method.error, fmt="s", color=color, markersize=6, markeredgecolor="black",
+                  markeredgewidth=0.6, capsize=2, label=method.name)
 
 
 def learning_rates(rows: list[dict]) -> dict[float, dict[float, float]]:
@@ -491,15 +493,14 @@ def main(config: Config) -> None:
     # ---- 3) rows, table, figure; printed when all of it is written -------------------------------
     methods = list(methods_of(config.grid))
     rows = collect([*sorted(runs, key=lambda run: methods.index(run.method)), *drawn])
-    lines = table(rows, bank)
-    text = markdown(lines, bank)
+    curve = curve_of(bank)
+    text = markdown(rows, Scale(curve))
     if bank.gold != evaluate.Bank.gold:
         text += f"\nGold reward: {bank.gold}.\n"
-    if differences := compare(lines):
-        text += f"\n{differences}"
     write_jsonl(folder / "results.jsonl", rows)
+    write_jsonl(folder / "curve.jsonl", curve)
     atomic_write(folder / "table.md", text.encode())
-    draw(rows, bank, config.dataset, folder)
+    draw(rows, Scale(curve), config.dataset, folder)
     print(f"\n{text}\nrows, table and figure  ->  {folder}")
     if stopped:
         sys.exit(STOPPED)

@@ -30,7 +30,8 @@ from experiments.sweep import PlannedRun
 SCRIPTS = {"sft.py": sft, "dpo.py": dpo, "reinforce.py": reinforce, "ppo.py": ppo,
            "vargrad.py": vargrad}
 # flags that are the same for all runs of a sweep, and so in no command of a grid
-SHARED = {"dataset", "preset", "sft", "init", "dtype", "device", "seed", "out", "resume", "help"}
+SHARED = {"dataset", "preset", "sft", "init", "dtype", "device", "seed", "pairs_seed", "out",
+          "resume", "help"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ PAPER = {
     "Preferred-FT": Method(["sft.py --on chosen"]),
     "Unlikelihood": Method([f"dpo.py --loss unlikelihood --alpha {alpha}"
                             for alpha in (0.5, 0.05, 0.1, 1.0)]),
-    "DPO": Method([f"dpo.py --beta {beta}" for beta in (0.1, 1.0, 0.05, 0.3, 5.0)] + RATES,
+    "DPO": Method([f"dpo.py --beta {beta}" for beta in (0.1, 1.0, 0.05, 0.3, 5.0, 0.5)] + RATES,
                   quick=2),
     "PPO": Method([f"ppo.py {target}" for target in TARGETS]),
     "PPO-GT": Method([f"ppo.py --reward gold {target}" for target in TARGETS]),
@@ -108,7 +109,8 @@ def methods_of(grid: str) -> dict[str, Method]:
 
 def plan(config: Any) -> list[PlannedRun]:
     """Every run of a sweep. It can be stopped anywhere: the first seed comes first, of that what
-    --quick runs, and then a setting of each method in turn.
+    --quick runs, and then a setting of each method in turn. A seed draws everything anew that
+    follows the SFT policy: pairs, labels, the reward model, the run.
 
     Args:
         config: of experiments/frontier.py.
@@ -148,6 +150,8 @@ def plan_run(config: Any, name: str, method: Method, command: str, seed: int) ->
     values = {"dataset": config.dataset, "preset": config.preset, "dtype": config.dtype,
               "device": config.device, "evaluate_every": preset.evaluate_every[Path(script).stem],
               "seed": seed, **flags}
+    if "pairs" not in flags and flags.get("reward", "model") == "model":  # it learns from pairs
+        values["pairs_seed"] = seed
     if config.sft:  # what Preferred-FT starts from, and the reference of all the others
         values["init" if script == "sft.py" else "sft"] = config.sft
     Script = SCRIPTS[script].Config

@@ -89,7 +89,7 @@ def with_sources(planned: list[PlannedRun], start: pipeline.Start) -> list[Plann
     for run in planned:
         # all runs of a script that have these settings in common learn from the same things
         learns_from = [getattr(run.config, name, "")
-                       for name in ("labels", "prompts", "pairs", "reward", "loss")]
+                       for name in ("labels", "prompts", "pairs_seed", "pairs", "reward", "loss")]
         key = (type(run.config), *learns_from)
         if key not in known:
             known[key] = sources(run.config, start)
@@ -100,10 +100,12 @@ def with_sources(planned: list[PlannedRun], start: pipeline.Start) -> list[Plann
 def sources(config: Any, start: pipeline.Start) -> dict[str, str]:
     """What a run with this Config must be made from, as its script will write it down."""
     if isinstance(config, sft.Config):
-        pairs = config.pairs or pipeline.sampled_pairs(start, tasks.load(start.dataset).labels)
+        pairs = config.pairs or pipeline.sampled_pairs(start, tasks.load(start.dataset).labels,
+                                                       seed=config.pairs_seed)
         return sft.built_from(config, str(pairs))
     if isinstance(config, dpo.Config):
-        pairs = config.pairs or pipeline.sampled_pairs(start, config.labels, config.prompts)
+        pairs = config.pairs or pipeline.sampled_pairs(start, config.labels, config.prompts,
+                                                       config.pairs_seed)
         return dpo.built_from(config, dataclasses.replace(start, pairs_id=sha256(pairs)))
     reward = pipeline.reward(config, start)
     return importlib.import_module(script_of(type(config)).stem).built_from(start, reward)

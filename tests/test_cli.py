@@ -163,6 +163,7 @@ def test_ranges_of_dpo(argv, expected, refused):
     (["--batch-size", "4", "--minibatches", "5"], "--minibatches 5: more than --batch-size 4"),
     (["--minibatches", "61", "--reward", "gold", "--sft", "runs/reviews/sft", "--out", "new-ppo"], "--minibatches 61: "),
     (["--prompts", "50", "--reward", "gold"], "--prompts: needs --reward model"),
+    (["--pairs-seed", "1", "--reward", "gold"], "--pairs-seed: needs --reward model"), (["--pairs-seed", "-1"], "must be >= 0"),
     (["--horizon", "10"], "--horizon: needs --target-kl"),
     # the change of beta in a batch is at most a fifth of batch / horizon: from 1 on, beta would be 0 or negative
     (["--horizon", "10", "--batch-size", "64", "--target-kl", "1"], "--horizon 10: ")])
@@ -189,6 +190,11 @@ def test_a_flag_that_would_be_ignored_is_refused(refused):
     assert "--pairs: needs --on chosen" in refused("sft", "--pairs", "pairs.jsonl")
     assert "--beta: not with --loss unlikelihood" in refused("dpo", "--loss", "unlikelihood", "--beta", "1")
     assert "--prompts: not with --pairs" in refused("reward_model", "--prompts", "5", "--pairs", "pairs.jsonl")
+    for script in ("reward_model", "dpo"):
+        assert "--pairs-seed: not with --pairs" in refused(script, "--pairs-seed", "5", "--pairs", "pairs.jsonl")
+    assert "--pairs-seed: needs --on chosen" in refused("sft", "--pairs-seed", "5")
+    for script in ("reinforce", "vargrad"):
+        assert "--pairs-seed: needs --reward model" in refused(script, "--pairs-seed", "5", "--reward", "gold")
     assert "--evaluate-every: needs --on chosen" in refused("sft", "--evaluate-every", "5")
 
 

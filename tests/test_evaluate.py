@@ -23,12 +23,13 @@ from common.rewards import classifier_logits, exact_reward
 from conftest import draw_progress, log_of, tiny_gpt
 from data.reviews.grammar import gold_reward
 from common.tokenizer import Tokenizer, train_bpe
-from evaluate import (Bank, PolicySamples, best_of_n_kl, best_of_n_weights, beta_at, effective_sample_size, optimal_curve,
-                      optimal_kl, optimal_reward, optimal_weights, sample_policy, share_of_optimum, summary, win_rate)
+from evaluate import (Bank, PolicySamples, best_of_n_kl, best_of_n_weights, beta_at, effective_sample_size, kl_efficiency,
+                      kl_needed, optimal_curve, optimal_kl, optimal_reward, optimal_weights, regret, sample_policy, share_of_optimum, summary, win_rate)
 import common.run as run_module
 from common.run import load_run
 from common.statistics import mean_se
 from model import GPTConfig, ScalarModel
+from toy import RESPONSES
 
 
 def uniform(*shape, seed=0):
@@ -155,6 +156,44 @@ def test_the_curve_is_interpolated():
         assert optimal_reward(curve, kl) == (pytest.approx(reward), known)
 
 
+def test_the_kl_that_a_reward_needs():
+    """The inverse of the optimal reward at a KL; nothing is known beyond the end, nor below the reference. The optimum's own
+    efficiency is 1, and half of it where twice the KL was spent."""
+    rewards = uniform(20, 64)
+    curve = optimal_curve(rewards)
+    for kl in (0.01, 0.3, 1.0, 2.0):
+        reward = optimal_reward(curve, kl)[0]
+        assert kl_needed(curve, reward) == pytest.approx(kl)
+        assert kl_efficiency(curve, reward, kl) == pytest.approx(1) and kl_efficiency(curve, reward, 2 * kl) == pytest.approx(0.5)
+    beyond, below = curve[-1]["reward"] + 1e-6, rewards.mean().item()
+    assert kl_needed(curve, curve[-1]["reward"]) == pytest.approx(curve[-1]["kl"])
+    assert kl_needed(curve, beyond) is kl_needed(curve, below) is kl_efficiency(curve, 0.9, 0.0) is None
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.5, 3.0])
+def test_the_regret_is_beta_times_the_kl_to_the_optimum(beta):
+    """J(pi*) - J(pi) = beta KL(pi || pi*), exactly, on the seven responses of toy.py: reference and policy draw each of them
+    as often as a list says, so that the bank and the samples are the distributions themselves."""
+    r = uniform(3, len(RESPONSES), seed=7)
+    times, ours = torch.tensor([5, 1, 2, 9, 1, 4, 2]), torch.tensor([1, 6, 2, 3, 2, 7, 3])  # of 24 each
+    ref, pi = (counts.double() / 24 for counts in (times, ours))
+    optimum = ref * torch.exp(r / beta)
+    optimum /= optimum.sum(1, keepdim=True)
+    to_optimum = (pi * (pi / optimum).log()).sum(1)
+
+    def drawn(values, counts):
+        return values.expand(3, -1).repeat_interleave(counts, dim=1)
+    bank_rewards, lengths = drawn(r, times), torch.ones(3, 24)
+    samples = PolicySamples(drawn(r, ours), drawn((pi / ref).log(), ours), lengths, [])
+    found = regret(bank_rewards, samples.rewards.mean(1), samples.kl.mean(1), beta)
+    assert torch.allclose(found, beta * to_optimum, atol=1e-12)
+    assert regret(bank_rewards, (optimum * r).sum(1), optimal_kl(bank_rewards, beta), beta).abs().max() < 1e-12  # pi*'s own
+    row = summary(Bank([""] * 3, bank_rewards, lengths, []), {"ours": samples}, beta)["ours"]
+    assert (row["regret"], row["beta"]) == (pytest.approx((beta * to_optimum).mean().item()), beta)
+    assert row["kl_to_optimum"] == pytest.approx(to_optimum.mean().item())
+    assert row["regret_se"] == pytest.approx(mean_se(beta * to_optimum)[1])
+
+
 def test_win_rate_counts_all_comparisons_and_half_of_the_ties():
     a, b = (torch.randint(4, shape, generator=torch.Generator().manual_seed(2)).float() for shape in ((5, 3), (5, 7)))
     by_hand = [(x > y) + 0.5 * (x == y) for i in range(5) for x in a[i].tolist() for y in b[i].tolist()]
@@ -191,6 +230,23 @@ def test_the_table():
     assert table["optimum at the KL of ours"]["kl"] == pytest.approx(ours["kl"], abs=1e-5)
     assert ours["share"] == pytest.approx((ours["reward"] - table["SFT"]["reward"])
                                           / (table["optimum at the KL of ours"]["reward"] - table["SFT"]["reward"]), rel=0.01)
+    assert ours["kl_efficiency"] == kl_efficiency(optimal_curve(bank.rewards), ours["reward"], ours["kl"]) > 0
+    assert not any("kl_efficiency" in row or "regret" in row for name, row in table.items() if name != "ours")
+    assert ours["regret"] == pytest.approx(regret(bank.rewards, 0.4 + 0.6 * rewards[:, 0], kl[:, 0], 0.2).mean().item(), rel=1e-5)
+    assert "regret" not in summary(bank, {"ours": PolicySamples(rewards, kl, lengths, [])})["ours"]  # of which beta?
+
+
+def test_the_printed_table_is_narrow_and_says_how_far_the_limit_is(capsys):
+    M, N = 30, 64
+    bank = Bank([""] * M, uniform(M, N, seed=3).float(), torch.full((M, N), 40), [[""] * N] * M)
+    policy = PolicySamples(0.5 + 0.5 * uniform(M, 4), uniform(M, 4), torch.full((M, 4), 40), [])
+    rows = summary(bank, {"DPO beta 0.1": policy}, 0.2)
+    evaluate.print_table(rows, "exact")
+    *lines, regret_line, gold = capsys.readouterr().out.strip("\n").splitlines()
+    assert max(map(len, lines)) <= 112 and gold == "gold reward: exact"
+    row = rows["DPO beta 0.1"]
+    assert f"{row['kl_efficiency']:.0%}" in lines[2].split() and lines[0].split()[-5:] == ["efficiency", "length", "wins", "vs", "SFT"]
+    assert regret_line.startswith(f"DPO beta 0.1 is {row['kl_to_optimum']:.2f} +- {row['regret_se'] / 0.2:.2f} nats from its limit")
 
 
 # ---- gold rewards, samples -------------------------------------------------------------------------------------------
@@ -388,6 +444,11 @@ def test_evaluating_on_the_way_changes_no_weight(short_run):
     found = evaluations(with_it)
     assert list(found) == [0, 2, 4, STEPS] and not evaluations(without)
     assert abs(found[0]["eval_kl"]) < 1e-5 < 0.2 < found[STEPS]["eval_kl"]
+    evaluation = json.loads((with_it / "evaluation.json").read_text()) if (with_it / "evaluation.json").exists() else None
+    if evaluation:  # of Preferred-FT there is none
+        for name, means in evaluation["per_prompt"].items():
+            assert sum(means) / len(means) == pytest.approx(evaluation["table"][evaluation["name"]][name], abs=1e-5)
+        assert list(evaluation["per_prompt"]) == ["reward", "kl"] and len(means) == 8
     rest = lambda folder: [{k: v for k, v in row.items() if k != "seconds"}  # noqa: E731
                            for row in log_of(folder) if "eval_reward" not in row]
     assert rest(with_it) == rest(without) and sha256(with_it / "model.pt") == sha256(without / "model.pt")

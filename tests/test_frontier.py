@@ -21,86 +21,131 @@ import torch
 import clone
 import dpo
 import evaluate
+import toy
 from common import pipeline
 from common.files import read_jsonl
 from common.settings import parse, stop_like_ctrl_c
-from common.statistics import mean_se
 from experiments import bench, frontier, sweep
-from experiments.frontier import best_at, by_method, envelope, markdown, plan, reward_at, table
+from experiments.frontier import plan
 from experiments.grids import Method
 from experiments.sweep import PlannedRun
 from test_faults import tree, wait_for
+from toy import tables  # noqa: F401  a fixture
 
 COMMITTED = clone.ROOT / "results"
 
 
 # ---- what is read off the runs ---------------------------------------------------------------------------------------
 
-def path(*points, lr_factor=1):
-    return [{"kl": kl, "reward": reward, "lr_factor": lr_factor} for kl, reward in points]
+def rows_of(method, setting, seed, points, **more):
+    return [{"method": method, "setting": setting, "seed": seed, "step": step, "kl": kl, "reward": reward, "reward_se": 0.0,
+             "length": 9.0, "seconds": 60.0, "samples": 0, "reward_calls": 0, "lr": 1e-3, "last": step == len(points) - 1,
+             **more}
+            for step, (kl, reward) in enumerate(points)]
 
 
-@pytest.mark.parametrize("points, kl, reward", [
-    ([(0, 0.5), (2, 0.7)], 1, 0.6), ([(0, 0.5), (2, 0.7)], 2, 0.7), ([(0, 0.5), (2, 0.7)], 0, 0.5),
-    ([(0, 0.5), (2, 0.7)], 2.1, None), ([(0.1, 0.5), (2, 0.7)], 0, None), ([(1, 0.5)], 1, None), ([], 1, None),
-    ([(0, 0.5), (2, 0.7), (1, 0.6), (4, 0.9)], 1.5, 0.65),  # crossed three times: upwards at last
-    ([(0, 0.5), (4, 0.9), (2, 0.4)], 3, 0.65),  # and downwards
-    ([(0, 0.5), (4, 0.9), (2, 0.4)], 1, 0.6),  # crossed once, early
-    ([(0, 0.5), (2, 0.7), (2, 0.9)], 1, 0.6)])
-def test_a_path_is_read_where_it_last_crosses(points, kl, reward):
-    """Linearly between the two evaluations; a KL that was never passed has no reward."""
-    assert reward_at(path(*points), kl) == (None if reward is None else pytest.approx(reward))
+def method_of(ends, ref=0.5, **more):
+    """A method by where its settings end: name -> (KL, reward) of each seed."""
+    reference = frontier.End("reference", [{"kl": 0.0, "reward": ref}])
+    return frontier.Method("m", [row for setting, seeds in ends.items() for seed, point in enumerate(seeds)
+                                 for row in rows_of("m", setting, seed, [(0.0, ref), (0.1, 9.9), point], **more)], reference)
 
 
-def test_the_best_setting_is_the_best_mean_of_those_that_all_seeds_brought_there():
-    """With the standard error over seeds, which one seed does not have."""
-    assert math.isnan(mean_se([2.0])[1])
-    runs = {"one": {0: path((0, 0.5), (2, 0.8), lr_factor=4), 1: path((0, 0.5), (2, 0.6), lr_factor=4)},  # 0.65, 0.55 at 1
-            "two": {0: path((0, 0.5), (2, 1.0), lr_factor=4), 1: path((0, 0.5), (2, 0.3), lr_factor=4)},  # 0.75, 0.4 at 1
-            "three": {0: path((0, 0.5), (2, 1.0), lr_factor=4), 1: path((0, 0.5), (0.9, 1.0), lr_factor=4)}}  # never at 1
-    assert best_at(runs, 1) == (pytest.approx(0.6), pytest.approx(0.05), "one")
-    assert best_at(runs, 0.5).setting == "three" and best_at(runs, 3) is None
+def test_the_hull_of_known_points():
+    """Of a square with a point inside and one below; what was on the way counts for nothing, a reward that falls does."""
+    found = method_of({"below": [(1.5, 0.6)], "c": [(4.0, 0.9)], "a": [(1.0, 0.8)], "late": [(6.0, 0.7)],
+                       "inside": [(2.5, 0.84)]})
+    assert [end.setting for end in found.hull] == ["reference", "a", "c", "late"]
+    assert [end.setting for end in method_of({"a": [(1.0, 0.6)], "line": [(2.0, 0.7)]}).hull] == ["reference", "line"]
+    twice = method_of({"low": [(2.0, 0.6)], "high": [(2.0, 0.7)], "nowhere": [(-0.01, 0.4)]})
+    assert [end.setting for end in twice.hull] == ["reference", "high"]
+    of_two_seeds = method_of({"a": [(1.0, 0.5), (2.0, 0.7)]}).hull[1]
+    assert (of_two_seeds.kl, of_two_seeds.reward) == (1.5, pytest.approx(0.6))
 
 
-def test_between_settings_the_line_through_their_ends_counts():
-    """From the reference through the ends by KL, seed by seed: at 2 nats 0.8 and 0.7, which no run's own path has. Runs at
-    another learning rate are no part of it, whatever they are called."""
-    runs = {"beta 1": {0: path((0, 0.5), (3, 0.4), (1, 0.7)), 1: path((0, 0.5), (1, 0.6))},
-            "beta 0.1, lr 1": {0: path((0, 0.5), (2.5, 0.5), (3, 0.9)), 1: path((0, 0.5), (2.5, 0.5), (3, 0.8))},
-            "beta 0.1, faster": {0: path((0, 0.5), (2, 0.1), lr_factor=4), 1: path((0, 0.5), (2, 0.1), lr_factor=4)}}
-    assert best_at(runs, 2) == (pytest.approx(0.75), pytest.approx(0.05), "between settings")
-    assert best_at(runs, 0.5) == (pytest.approx(0.575), pytest.approx(0.025), "between settings")
+def test_between_two_ends_the_reward_is_linear():
+    """At an end it is the end's. Below the first end and beyond the last nothing is read, though the hull begins at 0."""
+    found = method_of({"a": [(1.0, 0.8)], "b": [(3.0, 0.9)], "low": [(0.5, 0.5)]})
+    for kl, reward in ((1.0, 0.8), (1.5, 0.825), (2.0, 0.85), (3.0, 0.9), (0.5, 0.65), (0.75, 0.725)):
+        assert frontier.mixed_reward(found.between(kl)) == pytest.approx(reward)
+        assert sum(weight for weight, _ in found.between(kl)) == pytest.approx(1)
+    assert found.between(0.49) == found.between(3.01) == []
+    assert [end.setting for _, end in found.between(0.7)] == ["reference", "a"]
 
 
-def test_committed_rows_have_no_lr_factor_and_can_be_read():
-    """There the usual learning rate is the one that most settings of a method have."""
-    rows = [json.loads(line) for line in (COMMITTED / "reviews/frontier/results.jsonl").read_text().splitlines()]
-    assert "lr_factor" not in rows[0]
-    factors = {(row["method"], row["setting"]): row["lr_factor"]
-               for paths in by_method(rows).values() for seeds in paths.values() for run in seeds.values() for row in run}
-    assert {setting: factor for (_, setting), factor in factors.items() if factor != 1} == {
-        "beta 0.1, lr 5e-05": pytest.approx(0.25), "beta 0.1, lr 0.0008": pytest.approx(4),
-        "beta 1, lr 5e-05": pytest.approx(0.25), "beta 1, lr 0.0008": pytest.approx(4)}
-    again = frontier.with_lr_factor([{**row, "lr_factor": 7.0} for row in rows])  # rows that say it are believed
-    assert {row["lr_factor"] for row in again} == {7.0}
+def test_what_is_interpolated_a_mixture_of_policies_reaches(tables):
+    """All of it enumerated, on seven responses: the reference, and two optima, so that all three lie on the hull. The mixture
+    that is read at a KL has just that reward and no larger KL, and is no better than the optimum there."""
+    _, ref_table, r = tables
+    ref = toy.logprobs_of(ref_table).sum(1).exp()
+
+    def optimum(beta):
+        pi = ref * torch.exp(r / beta)
+        return pi / pi.sum()
+
+    def kl_of(q):
+        return (q * (q / ref).log()).sum().item()
+    policies = {"reference": ref, "near": optimum(3.0), "far": optimum(0.5)}
+    ends = {name: [(kl_of(pi), (pi * r).sum().item())] for name, pi in policies.items() if name != "reference"}
+    found = method_of(ends, ref=(ref * r).sum().item())
+    low, high = ends["near"][0][0], ends["far"][0][0]
+    for kl in (low, *(low + (high - low) * i / 8 for i in range(1, 8)), high):
+        mixture = found.between(kl)
+        mixed = sum(weight * policies[end.setting] for weight, end in mixture)
+        assert frontier.mixed_reward(mixture) == pytest.approx((mixed * r).sum().item())
+        assert kl_of(mixed) <= kl + 1e-12 and mixed.sum() == pytest.approx(1)
+        betas = torch.logspace(2, -1, 2000).tolist()
+        best = min((abs(kl_of(optimum(beta)) - kl), (optimum(beta) * r).sum().item()) for beta in betas)[1]
+        assert frontier.mixed_reward(mixture) <= best + 1e-3
 
 
-def test_the_line_of_the_figure_never_falls():
-    """At 3 nats only a bad setting passes, at 8 a good one: the line stays where it was at 2, error and all, and then rises."""
-    runs = {"good": {0: path((0, 0.5), (2, 0.8), lr_factor=4), 1: path((0, 0.5), (2, 0.9), lr_factor=4)},
-            "bad": {seed: path((0, 0.5), (5, 0.6), (8, 1.0), lr_factor=4) for seed in (0, 1)}}
-    line = dict(envelope(runs, [0.0, 1.0, 2.0, 3.0, 5.0, 8.0, 9.0]))
-    assert list(line) == [0.0, 1.0, 2.0, 3.0, 5.0, 8.0]  # nothing was seen at 9
-    assert line[3.0] == line[5.0] == line[2.0] == (pytest.approx(0.85), pytest.approx(0.05), "good")
-    assert line[8.0].reward == 1 and best_at(runs, 5).reward == pytest.approx(0.6)
+def test_errors_are_pooled_over_the_settings_by_hand():
+    """Deviations of 0.1 and 0.1 about one mean, of 0.2, 0 and 0.2 about another: 0.1 in 3 degrees of freedom; the fewest seeds
+    are 2. Never less than the evaluations have; of one seed it is theirs alone."""
+    ends = {"two": [(1.0, 0.6), (1.0, 0.8)], "three": [(2.0, 0.7), (2.0, 0.9), (2.0, 1.1)]}
+    found = method_of(ends)
+    assert found.error == found.error_of_seeds == pytest.approx(math.sqrt(0.1 / 3 / 2))
+    assert method_of(ends, reward_se=0.3).error == pytest.approx(0.3 / math.sqrt(2))
+    one = method_of({"a": [(1.0, 0.6)], "b": [(2.0, 0.9)]}, reward_se=0.02)
+    assert (one.error_of_seeds, one.error) == (0, pytest.approx(0.02))
+    draw = torch.Generator().manual_seed(0)  # 400 settings of 3 seeds: what the mean of three scatters by
+    many = method_of({str(i): [(1.0, x) for x in torch.randn(3, generator=draw).tolist()] for i in range(400)})
+    assert many.error == pytest.approx(1 / math.sqrt(3), rel=0.05)
+
+
+def test_a_difference_is_paired_where_the_rows_have_their_prompts():
+    """Two methods that both rise and fall with the prompts: their difference is 0.1 and 0.3 on two prompts at the first end, 0
+    at the second. Without the prompts the errors of both add up."""
+    def paired(shift, seeds=0.0):
+        a, b = ([{"reward": [low + x, high + x]} for x in (-seeds, seeds)] for low, high in ((0.1, 0.9), (0.2, 1.0)))
+        if shift:
+            a = [{"reward": [0.2 + x, 1.2 + x]} for x in (-seeds, seeds)]
+        rows = []
+        for setting, kl, per_prompt in (("a", 1.0, a), ("b", 3.0, b)):
+            for seed, own in enumerate(per_prompt):
+                reward = sum(own["reward"]) / 2
+                rows += rows_of("m", setting, seed, [(0.0, 0.4), (kl, reward)], per_prompt=own, reward_se=0.4)
+        return frontier.Method("m", rows, frontier.End("reference", [{"kl": 0.0, "reward": 0.4}]))
+    one, other = paired(True), paired(False)
+    assert frontier.difference(one, other, 1.0) == (pytest.approx(0.2), pytest.approx(0.1))  # 0.1 and 0.3: an error of 0.1
+    assert frontier.difference(one, other, 2.0) == (pytest.approx(0.1), pytest.approx(0.05))
+    assert frontier.difference(one, other, 3.5) is frontier.difference(one, other, 0.9) is None
+    value, error = frontier.difference(paired(True, 0.05), other, 1.0)  # two seeds that differ by 0.1: 0.05 on the mean
+    assert (value, error) == (pytest.approx(0.2), pytest.approx(math.hypot(0.1, 0.05)))
+    for row in one.rows:
+        del row["per_prompt"]
+    old = frontier.Method("m", one.rows, one.reference)
+    assert frontier.difference(old, other, 1.0) == (pytest.approx(0.2), pytest.approx(0.4))  # 0.4 / sqrt(2), twice
+
+
+def test_near_a_kl_stands_the_nearest_end_that_no_mixture_beats():
+    found = method_of({"a": [(0.8, 0.7)], "beaten": [(1.0, 0.6)], "b": [(1.5, 0.8)]})
+    assert [found.near(kl) and found.near(kl).setting for kl in (0.6, 0.62, 1.0, 1.2, 1.9, 2.0)] == [
+        None, "a", "a", "b", "b", None]
+    assert method_of({"worse than the reference": [(1.0, 0.4)], "and again": [(-0.1, 0.6)]}, ref=0.5).near(1.0).reward == 0.4
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
-
-def rows_of(method, setting, seed, points, **more):
-    return [{"method": method, "setting": setting, "seed": seed, "step": step, "kl": kl, "reward": reward, "length": 9.0,
-             "seconds": 60.0, "samples": 0, "reward_calls": 0, "lr": 1e-3, **more} for step, (kl, reward) in enumerate(points)]
-
 
 @pytest.fixture(scope="module")
 def bank():
@@ -109,40 +154,47 @@ def bank():
     return evaluate.Bank([""] * 200, rewards, torch.full(rewards.shape, 9), [])
 
 
-def test_shares_and_errors(bank):
-    """The optimum's own points have the share 1 at every KL, points half as far above the reference a half; two seeds around
-    them have half of their difference as standard error. Beyond the curve's end a share is an upper bound."""
-    curve, ref = evaluate.optimal_curve(bank.rewards), bank.rewards.mean().item()
-    points = [(p["kl"], p["reward"]) for p in curve]
-    moved = lambda x: [(kl, r + x) for kl, r in [*points, (9.0, points[-1][1])]]  # noqa: E731
-    halfway = [(kl, (r + ref) / 2) for kl, r in points]
-    rows = []
-    for setting in ("x", "y"):  # both the same, as one setting alone is not read at these KLs
-        rows += rows_of("exact", setting, 0, points) + rows_of("half", setting, 0, halfway)
-        rows += rows_of("two", setting, 0, moved(0.01)) + rows_of("two", setting, 1, moved(-0.03))
-    exact, half, two, _ = table(rows, bank)
-    for kl in frontier.KLS:
-        reward, known = evaluate.optimal_reward(curve, kl)
-        assert (kl in exact.at) == (kl in half.at) == two.at[kl].known == known == (kl < 4)
-        if known:
-            assert exact.at[kl].share == pytest.approx(1) and half.at[kl].share == pytest.approx(0.5)
-            assert exact.at[kl].reward == pytest.approx(reward) and math.isnan(exact.at[kl].se)
-        assert (two.at[kl].reward, two.at[kl].se) == (pytest.approx(reward - 0.01), pytest.approx(0.02))
-        share, error = 1 - 0.01 / (reward - ref), 0.02 / (reward - ref)
-        assert (two.at[kl].share, two.at[kl].share_se) == (pytest.approx(share), pytest.approx(error))
+@pytest.fixture(scope="module")
+def scale(bank):
+    return frontier.Scale(frontier.curve_of(bank))
 
 
-def test_best_of_n_stands_at_the_largest_n_whose_bound_fits(bank):
-    """log n - (n-1)/n is 0.958 at 6, 1.089 at 7, 1.997 at 19 and 2.046 at 20; 4 nats need more than a quarter of the bank. The
-    best of n uniform rewards is n / (n + 1), and hardly less than the optimum."""
-    *_, best = table(rows_of("any", "x", 0, [(0.0, 0.5), (1.0, 0.6)]), bank)
-    assert best.kind == "best of n" and list(best.at) == [1, 2]
-    for kl, n in ((1, 6), (2, 19)):
-        assert abs(best.at[kl].reward - n / (n + 1)) < 4 * best.at[kl].se < 0.01
-        assert best.at[kl].share == pytest.approx(0.97, abs=0.04)
+def test_the_curve_is_all_that_is_read_off_the_bank(bank, scale):
+    """The reference with each prompt, best of n up to a quarter of the bank (of uniform rewards n / (n + 1)), the optimum."""
+    reference, = scale.reference.rows
+    assert reference["reward"] == pytest.approx(bank.rewards.mean().item())
+    assert reference["per_prompt"]["reward"] == pytest.approx(bank.rewards.mean(1).tolist(), abs=1e-5)
+    assert [row["n"] for row in scale.best_of_n] == list(range(1, 65))
+    assert all(abs(row["reward"] - row["n"] / (row["n"] + 1)) < 4 * row["reward_se"] for row in scale.best_of_n)
+    assert [row["beta"] for row in scale.optimum] == [point["beta"] for point in evaluate.optimal_curve(bank.rewards)]
+    assert json.loads(json.dumps(frontier.curve_of(bank))) == frontier.curve_of(bank)
 
 
-def test_the_largest_reward_is_of_the_setting_that_ends_best(bank):
+def test_the_optimum_has_all_of_itself(scale):
+    """Share and efficiency of the curve's own points are 100%; with twice the KL the efficiency is a half. Beyond its end
+    the share is an upper bound, and what no point of the curve has needs a KL that nobody knows."""
+    for point in scale.optimum[20::5]:
+        assert scale.both(point["reward"], point["kl"]) == "(100%; 100%)"
+    middle, end = scale.optimum[20], scale.optimum[-1]
+    assert scale.both(middle["reward"], 2 * middle["kl"]).endswith("; 50%)")
+    half = (scale.reference.reward + end["reward"]) / 2
+    assert scale.share(half, 9.0) == "≤ 50%" and scale.share(half, end["kl"]) == "50%"
+    assert scale.both(end["reward"] + 0.001, 9.0) == "(≤ 100%)" and scale.both(scale.reference.reward, 1.0) == "(0%)"
+
+
+def test_best_of_n_stands_at_its_own_kl(scale):
+    """log n - (n-1)/n is 0.958 at 6, 1.089 at 7, 1.997 at 19 and 2.046 at 20; 4 nats need more than a quarter of the bank. Read
+    there it is the optimum within a few hundredths; read at 1 nat, six of them would seem to be less."""
+    assert [scale.best_at(kl).split(" (")[0].split(" at ")[-1] for kl in frontier.KLS] == ["≤ 0.96", "≤ 2.00", "", ""]
+    text = frontier.markdown(two_settings("DPO", 0.0), scale).splitlines()
+    cells = next(line for line in text if line.startswith("| best of n")).split(" | ")
+    six = scale.best_of_n[5]
+    assert cells[1] == f"{six['reward']:.3f} ± {six['reward_se']:.3f} at ≤ 0.96 ({scale.share(six['reward'], six['kl'])})"
+    assert evaluate.share_of_optimum(scale.optimum, six["reward"], six["kl"], 0.5)[0] > evaluate.share_of_optimum(
+        scale.optimum, six["reward"], 1.0, 0.5)[0]
+
+
+def test_the_largest_reward_is_of_the_setting_that_ends_best(scale):
     """Its mean over seeds, with KL, length and cost of the same runs; not the best evaluation on the way. Of the seconds it is
     the median: a machine that slept through one run made that run's method look four times as slow as it is."""
     cost = dict(samples=512, reward_calls=99)
@@ -152,69 +204,57 @@ def test_the_largest_reward_is_of_the_setting_that_ends_best(bank):
         ("high", 1, (5.0, 0.7), dict(**cost, seconds=30.0, length=22.0)),
         ("high", 2, (4.0, 0.75), dict(**cost, seconds=1038.0, length=21.0)))
             for row in rows_of("m", setting, seed, [(0.0, 0.5), (1.0, 0.99), end], **more)]
-    line, _ = table(rows, bank)
-    assert (line.kind, line.name, line.setting, line.seconds) == ("method", "m", "high", 30)
-    expected = dict(kl=4, kl_se=1 / math.sqrt(3), length=21, samples=512, reward_calls=99)
-    assert {name: getattr(line, name) for name in expected} == pytest.approx(expected)
-    assert (line.end.reward, line.end.se) == (pytest.approx(0.75), pytest.approx(0.05 / math.sqrt(3)))
-    ref = bank.rewards.mean().item()
-    share, known = evaluate.share_of_optimum(evaluate.optimal_curve(bank.rewards), 0.75, 4.0, ref)
-    assert (line.end.share, line.end.known) == (pytest.approx(share), known)  # at the KL where it ends
+    line = next(line for line in frontier.markdown(rows, scale).splitlines() if line.startswith("| m"))
+    error = f"{0.05 / math.sqrt(3):.3f}"
+    assert line.endswith(f"| 0.750 ± {error} (high) | 4.00 ± 0.58 {scale.both(0.75, 4.0)} | 21.0 | 30 | 512 | 99 |")
 
 
 def two_settings(method, higher):
-    """Rows of two seeds of two settings; the better one rises from 0.5 to 0.8 at 3 nats, and all by `higher`."""
-    return [row for seed, x in ((0, higher - 0.03), (1, higher + 0.03)) for setting, end in (("beta 1", 0.8), ("beta 9", 0.6))
-            for row in rows_of(method, setting, seed, [(0.0, 0.5 + x), (3.0, end + x)])]
+    """Rows of two seeds of two settings, which end at 1 nat and at 3, and all by `higher`."""
+    ends = ("beta 1", 3.0, 0.8), ("beta 9", 1.0, 0.65)
+    return [row for seed, x in ((0, higher - 0.03), (1, higher + 0.03)) for setting, kl, end in ends
+            for row in rows_of(method, setting, seed, [(0.0, 0.5), (0.5, 0.9), (kl, end + x)])]
 
 
-def test_the_table_in_markdown_and_the_papers_claim(bank):
-    """As many cells in every line, numbers with their errors; DPO - PPO with the error of both."""
-    lines = table(two_settings("DPO", 0.0) + two_settings("PPO", 0.05), bank)
-    text = markdown(lines, bank).splitlines()
-    assert len(text) == 2 + 3 + 1 and len({line.count("|") for line in text}) == 1
-    assert text[2].startswith(f"| DPO | 0.600 ± 0.030 ({lines[0].at[1].share:.0%} ± ")
-    end = lines[0].end
-    assert (f" | 0.800 ± 0.030 (beta 1) | 3.00 ± 0.00 ({'' if end.known else '≤ '}{end.share:.0%} ± "
-            f"{100 * end.share_se:.0f}) | 9.0 | 60 | 0 | 0 |") in text[2]
+def test_the_table_in_markdown_and_the_papers_claim(scale):
+    """Policies that ran first, then what is interpolated, and says so; as many cells in every line. DPO - PPO with the error of
+    both, 0.03 each: two seeds that are 0.06 apart."""
+    rows = two_settings("DPO", 0.0) + two_settings("PPO", 0.05)
+    policies, between = frontier.markdown(rows, scale).split("\nAt exactly these KLs, ")
+    head, *text = policies.split("\n\n")[1].splitlines()
+    assert len({line.count("|") for line in (head, *text)}) == 1
+    assert head.startswith("|  | near 1 nat | near 2 nats | near 4 nats |")
+    assert text[1] == (f"| DPO | 0.650 ± 0.030 at 1.00 {scale.both(0.65, 1.0)} |  |  |  | 0.800 ± 0.030 (beta 1) | "
+                       f"3.00 ± 0.00 {scale.both(0.8, 3.0)} | 9.0 | 60 | 0 | 0 |")
     assert text[-1].startswith("| **optimum** | ") and text[-1].count("≥") == 2  # at 4 and 8 nats
-    assert frontier.compare(lines) == "DPO - PPO at 1 nats: -0.050 ± 0.042\nDPO - PPO at 2 nats: -0.050 ± 0.042\n"
+    assert between.startswith("interpolated between two policies that ran")
+    head, _, dpo_line, ppo_line, difference, optimum = between.split("\n\n")[1].splitlines()
+    assert head == "|  | 0.5 nats | 1 nat | 2 nats | 3 nats | 4 nats | 8 nats |"
+    assert dpo_line.startswith(f"| DPO |  | 0.650 ± 0.030 ({scale.share(0.65, 1)}) | 0.725 ± 0.030 (")
+    assert dpo_line.endswith(") |  |  |")
+    assert difference == "| DPO − PPO |  | −0.050 ± 0.042 | −0.050 ± 0.042 | −0.050 ± 0.042 |  |  |"
+    assert len({line.count("|") for line in (head, dpo_line, ppo_line, difference, optimum)}) == 1
 
 
-def test_a_method_with_one_setting_is_not_read_on_its_way(bank):
-    """A run that ends at 3 nats passes 1 nat far below what a run made for 1 nat has. In the table it has its end alone, and
-    DPO is compared with nothing. Where all methods are like this there are no columns for the KLs."""
-    one = [row for seed in (0, 1) for row in rows_of("PPO", "beta 1", seed, [(0.0, 0.5), (3.0, 0.8)])]
-    lines = table(two_settings("DPO", 0.0) + one, bank)
-    assert list(lines[0].at) == [1, 2] and not lines[1].at and frontier.compare(lines) == ""
-    text = markdown(lines, bank).splitlines()
-    assert text[3].startswith("| PPO |  |  |  |  | 0.800 ± 0.000 (beta 1) | ") and "at 1 nat " in text[0]
-    text = markdown(table(one, bank), bank).splitlines()
-    assert text[0] == "| | largest reward | its KL | length | seconds | sampled | scored |"
-    assert [line.split(" | ")[0] for line in text[2:]] == ["| PPO", "| **optimum**"]
-    assert len({line.count("|") for line in text}) == 1
-
-
-@pytest.mark.parametrize("grid", ["reviews/frontier", "reviews/frontier-why", "reviews/frontier-ablation", "imdb/frontier"])
-def test_the_committed_table_is_that_of_the_committed_rows(grid, bank):
-    """Up to the shares, which need the bank. (This bank is another.)"""
-    rows = [json.loads(line) for line in (COMMITTED / grid / "results.jsonl").read_text().splitlines()]
-    lines = table(rows, bank)
-    text, comparison = markdown(lines, bank), frontier.compare(lines)
-    methods = dict.fromkeys(row["method"] for row in rows)
-    numbers = lambda text: [[cell.split(" (")[0] for cell in line.split(" | ")] for line in text.splitlines()  # noqa: E731
-                            if line.startswith(tuple(f"| {method} |" for method in methods))]
-    committed = (COMMITTED / grid / "table.md").read_text()
-    assert numbers(text) == numbers(committed) and len(numbers(text)) == len(methods)
-    assert committed.endswith(comparison) and ("DPO -" in committed) == bool(comparison)
+def test_a_method_with_one_setting_is_not_interpolated(scale):
+    """Its end stands near its KL, and no line to it from the reference is read. Where all methods are like this there are no
+    columns for the KLs."""
+    one = [row for seed in (0, 1) for row in rows_of("PPO", "beta 1", seed, [(0.0, 0.5), (2.1, 0.8)])]
+    text = frontier.markdown(two_settings("DPO", 0.0) + one, scale)
+    assert f"\n| PPO |  | 0.800 ± 0.000 at 2.10 {scale.both(0.8, 2.1)} |  |  | 0.800 ± 0.000 (beta 1) | " in text
+    assert text.count("| PPO |") == 1 and "DPO −" not in text
+    text = frontier.markdown(one, scale).splitlines()
+    assert text[2] == "|  | largest reward | its KL | length | seconds | sampled | scored |"
+    assert [line.split(" | ")[0] for line in text[4:]] == ["| PPO", "| **optimum**"]
+    assert len({line.count("|") for line in text[2:]}) == 1
 
 
 @pytest.mark.parametrize("grid", frontier.GRIDS)
-def test_every_grid_can_be_drawn(grid, bank, tmp_path):
+def test_every_grid_can_be_drawn(grid, scale, tmp_path):
     """All its methods, two seeds of each, DPO at two learning rates."""
     rows = [row for method in frontier.GRIDS[grid] for seed in (0, 1) for lr in (1e-4, 1e-3)
-            for row in rows_of(method, f"lr {lr}", seed, [(0.1, 0.5), (2.0 + seed, 0.75)], beta=0.5, lr=lr, last=True)]
-    frontier.draw(rows, bank, "reviews", tmp_path)
+            for row in rows_of(method, f"lr {lr}", seed, [(0.1, 0.5), (2.0 + seed, 0.75)], beta=0.5, lr=lr)]
+    frontier.draw(rows, scale, "reviews", tmp_path)
     assert (tmp_path / "frontier.png").stat().st_size > 20_000
     assert "<svg" in (tmp_path / "frontier.svg").read_text()[:500]
 
@@ -236,6 +276,8 @@ def test_the_command_that_is_printed_is_the_run_that_is_planned(grid, task, quic
         assert typed[:2] == ["python", script] and not {"--out", "--resume"} & set(typed)
         assert run.config.resume and run.config.evaluate_every
         assert (run.config.dataset, run.config.preset, run.config.seed) == (*task, run.seed)
+        learns_from_pairs = getattr(run.config, "reward", "model") == "model"  # then a seed draws them, too
+        assert getattr(run.config, "pairs_seed", 0) == (run.seed if learns_from_pairs else 0)
     assert len({run.config.out for run in runs}) == len({run[:3] for run in runs}) == len(runs) > 0
     assert len(runs) == sum(method.quick if quick else len(method.commands) for method in frontier.GRIDS[grid].values()) * (
         1 if quick else config.seeds)
@@ -569,22 +611,28 @@ def test_a_sweep_leaves_tidy_rows_a_table_and_a_figure(alone):
     for row in rows:
         assert row.keys() >= {"method", "setting", "last", "beta"} and row["setting"] and row["seed"] == 0
         assert all(math.isfinite(row[name]) for name in ("step", "reward", "reward_se", "kl", "kl_se", "length", "length_se",
-                                                         "lr", "lr_factor", "samples", "reward_calls")), row
+                                                         "lr", "samples", "reward_calls")), row
         assert 0 <= row["reward"] <= 1 and row["length"] > 0 and (row["step"] or abs(row["kl"]) < 1e-4)
     steps = {method: [row["step"] for row in rows if row["method"] == method] for method in SMALL}
-    assert list(by_method(rows)) == list(SMALL) and steps["Preferred-FT"] == [0, 12, 24] and steps["PPO"] == [0, 6]
+    assert list(dict.fromkeys(row["method"] for row in rows)) == list(SMALL) and steps["Preferred-FT"] == [0, 12, 24] and steps["PPO"] == [0, 6]
     assert [row["step"] for row in rows if row["last"]] == [found[-1] for found in steps.values()]
     assert {row["method"]: (row["samples"], row["reward_calls"]) for row in rows}["PPO-GT"] == (96, 96)
-    assert {(row["lr"], row["lr_factor"]) for row in rows if row["method"] == "DPO"} == {(4 * dpo.Config().lr, 4)}
-    assert {row["lr_factor"] for row in rows if row["method"] != "DPO"} == {1}
+    assert {row["lr"] for row in rows if row["method"] == "DPO"} == {4 * dpo.Config().lr}
+    for row in rows:  # with the prompts of the end, but for Preferred-FT, which keeps none
+        assert ("per_prompt" in row) == (row["last"] and row["method"] != "Preferred-FT")
+        if "per_prompt" in row:
+            means = [sum(row["per_prompt"][name]) / len(row["per_prompt"][name]) for name in ("reward", "kl")]
+            assert means == pytest.approx([row["reward"], row["kl"]], abs=1e-5)
+    curve = read_jsonl(alone / SWEPT / "curve.jsonl", {"curve": str})
+    assert list(dict.fromkeys(row["curve"] for row in curve)) == ["reference", "best of n", "optimum"]
     text = (alone / SWEPT / "table.md").read_text().splitlines()
-    assert [line.split(" | ")[0] for line in text[2:]] == [f"| {name}" for name in (*SMALL, "**optimum**")]
+    assert [line.split(" | ")[0] for line in text[4:]] == [f"| {name}" for name in (*SMALL, "**optimum**")]
     assert (alone / SWEPT / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_is_finished_is_not_run_again(root, alone):
     """A second start makes rows and table of what is there, the same as before, and touches nothing else."""
-    made = ("results.jsonl", "table.md", "frontier.png", "frontier.svg")
+    made = ("results.jsonl", "curve.jsonl", "table.md", "frontier.png", "frontier.svg")
     rest = lambda: {name: file for name, file in tree(alone).items() if not name.endswith(made)}  # noqa: E731
     before, rows, text = rest(), results(alone), (alone / SWEPT / "table.md").read_bytes()
     assert run_sweep(root, alone, popen=nothing) == 0
@@ -648,7 +696,9 @@ def test_finished_runs_are_drawn_beside_those_of_the_grid(root, alone, fresh, ow
         expected["kl"], expected["reward"], expected["reward_se"], expected["length"], evaluation["step"]]
     assert one["last"] and one["setting"] == "beta 0.1" and {row["setting"] for row in path} == {"beta 0.2"}
     logged = [row for row in read_jsonl(own_runs[1] / "log.jsonl", {"step": int}) if "eval_kl" in row]
-    assert [(row["step"], row["kl"]) for row in path] == [(row["step"], row["eval_kl"]) for row in logged] and len(path) > 2
+    assert [(row["step"], row["kl"]) for row in path[:-1]] == [(row["step"], row["eval_kl"]) for row in logged[:-1]] != []
+    evaluation = json.loads((own_runs[1] / "evaluation.json").read_text())  # at the end that of more responses
+    assert (path[-1]["step"], path[-1]["kl"]) == (logged[-1]["step"], evaluation["table"]["IPO beta 0.2"]["kl"])
     assert "\n| ipo | " in (fresh / SWEPT / "table.md").read_text() and "ipo" in (fresh / SWEPT / "frontier.svg").read_text()
     assert not [*(fresh / "runs/reviews").glob("reward-model*")] and reward_models
 

@@ -237,6 +237,8 @@ def texts(count):
     ({"texts.jsonl": texts(30)}, "ppo", [], "--dataset my/qa: no pairs.jsonl in it to learn from"),
     ({"pairs.jsonl": questions(30)}, "ppo", ["--reward", "gold"], "--dataset my/qa: a folder of your own files has no gold reward"),
     ({"pairs.jsonl": questions(30)}, "dpo", ["--prompts", "5"], "--prompts: no pairs are sampled for a folder of your own files"),
+    ({"pairs.jsonl": questions(30)}, "ppo", ["--pairs-seed", "5"], "--pairs-seed: no pairs are sampled for a folder of your own"),
+    ({"pairs.jsonl": questions(30)}, "sft", ["--on", "chosen", "--pairs-seed", "5"], "--pairs-seed: no pairs are sampled for a"),
     ({"pairs.jsonl": questions(30)}, "dpo", ["--labels", "argmax"], "--labels: pairs of your own are labelled"),
     ({"pairs.jsonl": questions(30)}, "dpo", ["--preset", "gpu"], "--preset gpu: my/qa has no such preset (known: cpu)"),
 ], ids=lambda value: value[:40] if isinstance(value, str) else "")

@@ -7,7 +7,7 @@ import torch
 
 import clone
 import data.reviews
-from common import tasks
+from common import pipeline, tasks
 from common.files import sha256, write_jsonl
 from common.pairs import Pair, encode_pairs, label_pairs, read_pairs, sampled_responses, split
 from common.pipeline import Start, sampled_pairs
@@ -325,3 +325,32 @@ def test_both_scripts_train_on_as_many_prompts_as_they_are_told(root, tmp_path):
         assert "--prompts 61: data/reviews has 60 training prompts" in clone.run_here(
             root, tmp_path, script, "--sft", "runs/reviews/sft", "--prompts", "61")
     assert 0 < len(read_pairs(runs / "pairs-bt-5/pairs.jsonl")) <= 30 and not (runs / "pairs-bt").exists()
+
+
+def test_another_seed_draws_prompts_responses_and_labels(begin, monkeypatch):
+    """Seed 0 is what it was without a seed, in the same folder; 1 is another draw of each of the three, and stays what it is."""
+    start = begin(3)
+    plain, again, other = (sampled_pairs(start, "bt", seed=seed) for seed in (0, 0, 1))
+    monkeypatch.setattr(pipeline, "PAIRS_SEED", 1001)
+    start.folder = start.folder.parent / "shifted"
+    shifted = sampled_pairs(start, "bt")  # the seed of all the draws is the sum
+    assert plain == again and (plain.parent.name, other.parent.name) == ("pairs-bt", "pairs-bt-seed1")
+    assert other.read_bytes() == shifted.read_bytes() != plain.read_bytes()
+    rows = [read_pairs(path) for path in (plain, other)]
+    prompts = [list(dict.fromkeys(row["prompt"] for row in own)) for own in rows]
+    assert prompts[0] != prompts[1] and not {row["chosen"] for row in rows[0]} & {row["chosen"] for row in rows[1]}
+    assert sampled_pairs(start, "argmax", 2, 1).parent.name == "pairs-argmax-2-seed1"
+
+
+def test_another_seed_of_the_pairs_is_another_reward_model(root, tmp_path):
+    """PPO's, and REINFORCE's, has the seed of its pairs and a folder of its own; that of seed 0 is called as ever."""
+    assert clone.run_here(root, tmp_path, "sft", *clone.SFT) == 0
+    runs, short = tmp_path / "runs/reviews", ("--steps", "1", "--batch-size", "8", "--warmup", "1", "--bank-samples", "8")
+    for script, seed, folder in (("ppo", 1, "reward-model-pairsseed1-seed1"), ("reinforce", 0, "reward-model")):
+        flags = ("--sft", "runs/reviews/sft", "--pairs-seed", str(seed), *short)
+        assert clone.run_here(root, tmp_path, script, *flags) == 0
+        config = json.loads((runs / folder / "config.json").read_text())
+        assert (config["seed"], config["pairs_seed"]) == (seed, seed)
+        pairs = runs / ("pairs-bt-seed1" if seed else "pairs-bt") / "pairs.jsonl"
+        assert config["built_from"]["pairs"] == sha256(pairs)
+    assert sorted(path.name for path in runs.glob("reward-model*")) == ["reward-model", "reward-model-pairsseed1-seed1"]
