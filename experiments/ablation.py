@@ -1,4 +1,4 @@
-"""What a baseline and clipping buy, where it matters: three questions of lecture 8's quiz as curves.
+"""What a baseline and clipping buy, where it matters: three claims of lecture 8's quiz as curves.
 
     python experiments/ablation.py --quick     # one seed, fewer step sizes: 12 minutes of one core
     python experiments/ablation.py             # three seeds: an hour
@@ -27,7 +27,8 @@ what each part of PPO buys at the usual step size. What was expected, before any
 Every run is a plain command, printed as it starts; after Ctrl-C the same command goes on.
 
 Reads   the SFT policy and the bank (made if they are missing)
-Writes  runs/<dataset>/ablation/ : the runs, results.jsonl, table.md, figure.png
+Writes  runs/<dataset>/ablation/ : the runs, variance.jsonl, results.jsonl (the runs),
+        table.md, figure.png
 """
 from __future__ import annotations
 
@@ -41,6 +42,7 @@ import common  # noqa: F401  first, so that Ctrl-C while torch is imported is on
 import math
 from typing import Callable, Literal, NamedTuple
 
+import numpy as np
 import torch
 
 from common import pipeline, tasks
@@ -49,11 +51,11 @@ from common.files import atomic_write, check_writable, read_json_object, write_j
 from common.run import check_folder, load_run
 from common.settings import (changed, parse, require, require_numbers, run_folder, settings, typed)
 from common.statistics import mean_se
-from common.training import Device, adamw, device, generator, similar_lengths, use_device
+from common.training import Device, adamw, device, generator, set_lr, use_device
 from experiments.frontier import number
 from experiments.grids import Method, plan_run
 from experiments.sweep import STOPPED, PlannedRun, finished_log, run_all, with_sources
-from model import GPT, Samples, ScalarModel, generate, response_logprobs, response_mask
+from model import GPT, ScalarModel, generate, response_logprobs, response_mask
 from ppo import compute_gae, compute_rewards, response_values, value_network
 from reinforce import leave_one_out
 
@@ -79,7 +81,7 @@ BATCHES = 64  # independent estimates of the gradient
 BATCH = 32  # responses in each
 SAMPLES = 4  # responses to a prompt
 SHIFT = 5.0  # added to every score
-FITTED = 4096  # responses that the value network learns from
+FITTED = 64  # batches of 64 that the value network learns from
 
 
 @settings
@@ -109,12 +111,10 @@ class Config:
 # ---- 1) the variance of the gradient -------------------------------------------------------------
 
 class Rollout(NamedTuple):
-    """B responses of a policy, at most R tokens each; on the device."""
-    samples: Samples
+    """B responses of a policy, of at most R tokens; on the device."""
+    inputs: tuple[torch.Tensor, ...]  # tokens, prompt_lengths, lengths
     mask: torch.Tensor  # (B, R)
-    scores: torch.Tensor  # (B,) in standard deviations of the reference's
-    logprobs: torch.Tensor  # (B, R)
-    ref_logprobs: torch.Tensor  # (B, R)
+    returns: torch.Tensor  # (B, R) from each token on; from the first: score - beta log ratio
 
 
 @torch.no_grad()
@@ -128,66 +128,50 @@ def roll_out(policy: GPT, start: pipeline.Start, count: int, draw: torch.Generat
     samples = generate(policy, prompt_ids, policy.config.block_size, tokenizer.eos, tokenizer.pad,
                        draw)
     responses = [tokenizer.decode(ids) for ids in samples.response_ids()]
-    # as in reinforce.py; the bank has more responses of the reference
     raw_scores = start.gold(asked, responses, samples)
+    # in standard deviations of the reference's, as in reinforce.py
     scores = (raw_scores - start.bank.rewards.mean()) / start.bank.rewards.std()
 
-    samples = Samples(*(x.to(device()) for x in samples[:3]), None)
-    mask = response_mask(samples.prompt_lengths, samples.lengths)
-    logprobs, ref_logprobs = (torch.zeros(mask.shape, device=device()) for _ in range(2))
-    for part in similar_lengths(torch.arange(count, device=device()), samples.lengths, 64):
-        inputs = [x[part] for x in samples[:3]]
-        R = int((inputs[2] - inputs[1]).max())  # the longest of this part
-        logprobs[part, :R] = response_logprobs(policy, *inputs)
-        ref_logprobs[part, :R] = response_logprobs(start.ref, *inputs)
-    return Rollout(samples, mask, scores.float().to(device()), logprobs, ref_logprobs)
+    inputs = tuple(x.to(device()) for x in samples[:3])
+    mask = response_mask(*inputs[1:])
+    rewards = compute_rewards(scores.float().to(device()), response_logprobs(policy, *inputs),
+                              response_logprobs(start.ref, *inputs), mask, BETA)
+    returns, _ = compute_gae(rewards, torch.zeros_like(rewards), mask, 1.0, 1.0)
+    return Rollout(inputs, mask, returns)
 
 
-def returns_of(rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
-    """The return of every response, (B,), and what is still to come before each token, (B, R)."""
-    kl = (rollout.logprobs - rollout.ref_logprobs).sum(1)
-    rewards = compute_rewards(rollout.scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask,
-                              BETA)
-    to_come, _ = compute_gae(rewards, torch.zeros_like(rewards), rollout.mask, 1.0, 1.0)
-    return rollout.scores - BETA * kl, to_come
-
-
-def fit_values(rollout: Rollout, start: pipeline.Start) -> ScalarModel:
-    """A value network, as ppo.py starts it, that has learned the returns of these responses: four
-    passes, batches of 64."""
+def fit_values(rollouts: list[Rollout], start: pipeline.Start) -> ScalarModel:
+    """A value network, as ppo.py starts it, after four passes over these responses."""
     network = value_network(start, start.gold, 0).to(device())
-    optimizer = adamw(network, 1e-3, 0.0, (0.9, 0.95))
-    _, to_come = returns_of(rollout)
-    draw = generator(0, "value network")
-    for _ in range(4):
-        for rows in torch.randperm(len(to_come), generator=draw).to(device()).split(64):
-            values = response_values(network, *(x[rows] for x in rollout.samples[:3]))
-            R = values.shape[1]
-            loss = (values - to_come[rows, :R])[rollout.mask[rows, :R]].square().mean()
-            loss.backward()
+    optimizer = adamw(network, 2e-3, 0.0, (0.9, 0.95))  # as in ppo.py
+    for i in range(4):
+        for j in torch.randperm(len(rollouts), generator=generator(0, "fit", i)).tolist():
+            inputs, mask, returns = rollouts[j]
+            (response_values(network, *inputs) - returns)[mask].square().mean().backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        set_lr([optimizer], 2e-3 * (1 - (i + 1) / 4))
     return network.requires_grad_(False)
 
 
-def advantages_of(returns: torch.Tensor, to_come: torch.Tensor, values: torch.Tensor,
-                  constant: float, samples: int) -> dict[str, torch.Tensor]:
-    """What each token's grad log pi is multiplied by with each baseline; (B, 1) where that is the
-    same for all tokens of a response, else (B, R).
+def advantages_of(returns: torch.Tensor, values: torch.Tensor, constant: float,
+                  samples: int) -> dict[str, torch.Tensor]:
+    """What grad log pi is multiplied by with each baseline: (B, R) of each token, or (B, 1) where
+    it is the same for all tokens of a response.
 
     Args:
-        returns: (B,) the `samples` responses to a prompt are neighbours.
-        to_come: (B, R) returns from each token on.
+        returns: (B, R) from each token on; the `samples` responses to a prompt are neighbours.
         values: (B, R) the value network's estimates of them.
         constant: an estimate of the mean return, from other responses.
     """
+    whole = returns[:, 0]
     return {
-        "none": returns[:, None],
-        f"none, scores + {SHIFT:g}": returns[:, None] + SHIFT,
-        "constant": returns[:, None] - constant,
-        "leave-one-out": leave_one_out(returns, samples)[:, None],
-        "value network": to_come - values,  # PPO's, with lam = 1
+        "none": whole[:, None],
+        f"none, scores + {SHIFT:g}": whole[:, None] + SHIFT,
+        "constant": whole[:, None] - constant,
+        "leave-one-out": leave_one_out(whole, samples)[:, None],
+        "value network": returns - values,  # PPO's, with lam = 1
     }
 
 
@@ -199,211 +183,186 @@ def gradient(logprobs: torch.Tensor, advantages: torch.Tensor,
     return torch.cat([part.flatten() for part in parts])
 
 
-def noise_and_signal(products: torch.Tensor) -> tuple[float, float]:
-    """trace of the covariance of an estimate, and |its mean|^2, without bias.
+def noise_and_signal(products: np.ndarray) -> tuple[float, float]:
+    """The trace of the covariance of an estimate, and |its mean|^2, without bias.
 
     Args:
         products: (M, M) inner products of M independent estimates.
     """
     M = len(products)
-    own, total = products.trace().item(), products.sum().item()
+    own, total = products.trace(), products.sum()
     noise = (own - total / M) / (M - 1)
     return noise, total / M**2 - noise / M
 
 
-def jackknife(statistic: Callable[[torch.Tensor], float], M: int) -> tuple[float, float]:
-    """A statistic of M independent measurements and its standard error, from leaving out each of
-    them in turn (Efron & Stein 1981). It gets the numbers of those that count."""
-    every = torch.arange(M)
-    without = torch.tensor([statistic(every[every != m]) for m in range(M)], dtype=torch.float64)
-    return statistic(every), math.sqrt((M - 1) * without.var(correction=0).item())
+def jackknife(statistics: Callable[[np.ndarray], np.ndarray], M: int) -> tuple:
+    """Statistics of M independent measurements and their standard errors, from leaving out each
+    measurement in turn (Efron & Stein 1981). `statistics` gets the numbers of those that count."""
+    every = np.arange(M)
+    without = np.array([statistics(np.delete(every, m)) for m in every])
+    return statistics(every), math.sqrt(M - 1) * without.std(0)
 
 
 def variances(name: str, policy: GPT, start: pipeline.Start) -> list[dict]:
-    """A row for each baseline: the variance of the gradient at this policy, of one response."""
-    print(f"the variance of the gradient: {name}", flush=True)
-    policy.requires_grad_(True)
-    parameters = list(policy.parameters())
-    first = roll_out(policy, start, FITTED, generator(0, name, "fit"))
-    network, constant = fit_values(first, start), returns_of(first)[0].mean().item()
-    found: dict[str, list[torch.Tensor]] = {}  # baseline -> its estimates
-    all_returns, all_to_come, all_left = [], [], []
+    """A row for each baseline: the variance at this policy of the gradient from one response."""
+    print(f"the variance of the gradient at the policy {name}", flush=True)
+    fitted = [roll_out(policy, start, 64, generator(0, name, "fit", i)) for i in range(FITTED)]
+    network = fit_values(fitted, start)
+    constant = torch.cat([rollout.returns[:, 0] for rollout in fitted]).mean().item()
+
+    parameters = list(policy.requires_grad_(True).parameters())
+    estimates: dict[str, list[torch.Tensor]] = {}  # baseline -> M gradients
+    returns, left = [], []
     for batch in range(BATCHES):
-        rollout = roll_out(policy, start, BATCH, generator(0, name, batch))
-        returns, to_come = returns_of(rollout)
-        values = response_values(network, *rollout.samples[:3])
-        logprobs = response_logprobs(policy, *rollout.samples[:3])
-        for baseline, advantages in advantages_of(returns, to_come, values, constant,
-                                                  SAMPLES).items():
+        inputs, mask, own = roll_out(policy, start, BATCH, generator(0, name, batch))
+        values = response_values(network, *inputs)
+        logprobs = response_logprobs(policy, *inputs)
+        for baseline, advantages in advantages_of(own, values, constant, SAMPLES).items():
             estimate = gradient(logprobs, advantages, parameters)
-            found.setdefault(baseline, []).append(estimate)
-        all_returns.append(returns)
-        all_to_come.append(to_come[rollout.mask])
-        all_left.append((to_come - values)[rollout.mask])
-    returns, to_come, left = map(torch.cat, (all_returns, all_to_come, all_left))
-    explained = 1 - (left.var() / to_come.var()).item()
+            estimates.setdefault(baseline, []).append(estimate)
+        returns.append(own[mask])
+        left.append((own - values)[mask])
+    explained = 1 - (torch.cat(left).var() / torch.cat(returns).var()).item()
 
     products = {}
-    for baseline in list(found):
-        estimates = torch.stack(found.pop(baseline))  # (M, P)
-        products[baseline] = (estimates @ estimates.T).double().cpu()
-
-    def noise(baseline: str, some: torch.Tensor) -> float:
-        return BATCH * noise_and_signal(products[baseline][some][:, some])[0]
-
-    def signal(some: torch.Tensor) -> float:  # every baseline has the same mean
-        return noise_and_signal(products["constant"][some][:, some])[1]
-
+    for baseline in list(estimates):
+        stacked = torch.stack(estimates.pop(baseline))  # (M, P)
+        products[baseline] = (stacked @ stacked.T).double().cpu().numpy()
     rows = []
     for baseline in products:
-        row = {"part": "variance", "policy": name, "baseline": baseline}
-        for quantity, statistic in {
-            "variance": lambda some: noise(baseline, some),
-            "ratio": lambda some: noise(baseline, some) / noise("constant", some),
-            "responses": lambda some: noise(baseline, some) / signal(some),
-        }.items():
-            row[quantity], row[f"{quantity}_se"] = jackknife(statistic, BATCHES)
-        rows.append({**row, "return_mean": returns.mean().item(),
-                     "return_std": returns.std().item(), "explained_variance": explained})
+        def statistics(some: np.ndarray) -> np.ndarray:
+            """Variance, over that with the constant, over |mean|^2: all have the same mean."""
+            noise, _ = noise_and_signal(products[baseline][np.ix_(some, some)])
+            usual, signal = noise_and_signal(products["constant"][np.ix_(some, some)])
+            return BATCH * np.array([noise, noise / (BATCH * usual), noise / signal])
+
+        row = {"policy": name, "baseline": baseline, "mean_return": constant,
+               "explained_variance": explained}
+        for quantity, value, error in zip(("variance", "ratio", "responses"),
+                                          *jackknife(statistics, BATCHES)):
+            row |= {quantity: float(value), f"{quantity}_se": float(error)}
+        rows.append(row)
     return rows
 
 
 # ---- 2) and 3) the runs --------------------------------------------------------------------------
 
 def plan(config: Config) -> list[PlannedRun]:
-    """Every run of both parts; the first seed comes first."""
-    commands = [(name, command, 1) for name, command in BASELINES.items()]
+    """Every run of both parts, the first seed first. A run's setting is its step size."""
+    commands = [(method, command, 1) for method, command in BASELINES.items()]
     for times in QUICK_TIMES if config.quick else TIMES:
-        commands += [(name, f"{command} --lr x{times}", times) for name, command in STEPS.items()]
-    runs = []
-    for seed in range(1 if config.quick else config.seeds):
-        for name, command, times in commands:
-            run = plan_run(config, name, Method([command]), command, seed)
-            runs.append(run._replace(setting=str(times)))
-    return runs
+        commands += [(method, f"{command} --lr x{times}", times)
+                     for method, command in STEPS.items()]
+    return [plan_run(config, method, Method([command]), command, seed)._replace(setting=f"x{times}")
+            for seed in range(1 if config.quick else config.seeds)
+            for method, command, times in commands]
 
 
 def measured(run: PlannedRun) -> dict:
-    """The row of a finished run: regret, in nats, of its evaluations and of its every update."""
+    """The row of a finished run: the regret of its evaluations, and its largest rise."""
     log = finished_log(run)
     table = read_json_object(Path(run.config.out) / "evaluation.json", "table")["table"]
-    # pi* at this run's beta, in units of the gold reward
+    # pi* at the beta of this run, in units of the gold reward
     [optimum] = [row for row in table.values() if row["kind"] == "limit"]
     log_z = optimum["reward"] / optimum["beta"] - optimum["kl"]  # J(pi*) / beta
     evaluations = [row for row in log if "eval_reward" in row]
-    regret = [log_z - row["eval_reward"] / optimum["beta"] + row["eval_kl"] for row in evaluations]
-    # on training prompts, from the responses of each batch
+    # J / beta at every update, of the responses that it learned from
     objective = [row["objective"] / run.config.beta for row in log if "objective" in row]
-    rise = max(before - after for before, after in zip(objective, objective[1:]))
-    return {"part": "baseline" if run.method in BASELINES else "step size",
-            "method": run.method, "times": int(run.setting), "lr": run.config.lr, "seed": run.seed,
-            "command": typed(run.config), "step": [row["step"] for row in evaluations],
-            "regret": regret, "reward": evaluations[-1]["eval_reward"],
-            "kl": evaluations[-1]["eval_kl"], "largest_rise": rise, "seconds": log[-1]["seconds"]}
-
-
-def over_seeds(rows: list[dict], part: str, method: str, times: int) -> list[dict]:
-    return [row for row in rows if row["part"] == part
-            and (row["method"], row["times"]) == (method, times)]
-
-
-def times_of(rows: list[dict]) -> list[int]:
-    return sorted({row["times"] for row in rows if row["part"] == "step size"})
+    regret = [log_z - row["eval_reward"] / optimum["beta"] + row["eval_kl"] for row in evaluations]
+    return {"method": run.method, "setting": run.setting, "seed": run.seed,
+            "command": typed(run.config), "seconds": log[-1]["seconds"],
+            "step": [row["step"] for row in evaluations], "regret": regret, "end": regret[-1],
+            "reward": [row["eval_reward"] for row in evaluations],
+            "kl": [row["eval_kl"] for row in evaluations],
+            "largest_rise": max(a - b for a, b in zip(objective, objective[1:]))}
 
 
 # ---- table and figure ----------------------------------------------------------------------------
 
-def markdown(rows: list[dict]) -> str:
-    """Three tables: the variances, the regret with each baseline, the regret at each step size."""
-    text = ("Variance of the gradient from one response (trace of the covariance), and the "
-            "responses that make\nthe noise as large as the gradient:\n\n"
-            "| | | variance | over the constant's | responses |\n|---|---|---|---|---|\n")
-    for row in rows:
-        if row["part"] == "variance":
-            text += (f"| {row['policy']} | {row['baseline']} "
-                     f"| {number(row['variance'], row['variance_se'], ',.0f')} "
-                     f"| {number(row['ratio'], row['ratio_se'], '.2f')} "
-                     f"| {number(row['responses'], row['responses_se'], ',.0f')} |\n")
-
-    def cell(found: list[dict], value: Callable[[dict], float], form: str) -> str:
-        return number(*mean_se([value(row) for row in found]), form)
-
-    text += ("\nRegret after 100 updates of 64 responses:\n\n"
-             "| | regret, nats | gold reward | KL, nats |\n|---|---|---|---|\n")
-    for method in BASELINES:
-        own = over_seeds(rows, "baseline", method, 1)
-        text += (f"| {method} | {cell(own, lambda row: row['regret'][-1], '.2f')} "
-                 f"| {cell(own, lambda row: row['reward'], '.3f')} "
-                 f"| {cell(own, lambda row: row['kl'], '.2f')} |\n")
-
-    times = times_of(rows)
-    head = "| | " + " | ".join(f"x{x}" for x in times) + " |\n" + "|---" * (1 + len(times)) + "|\n"
-    for title, value in {
-        "Regret at the end, nats, by learning rate": lambda row: row["regret"][-1],
-        "Largest rise of the regret from one update to the next, nats":
-            lambda row: row["largest_rise"],
-    }.items():
-        text += f"\n{title}; the SFT policy's is {start_regret(rows):.2f}:\n\n{head}"
-        for method in STEPS:
-            cells = [cell(over_seeds(rows, "step size", method, x), value, ".1f") for x in times]
-            text += f"| {method} | " + " | ".join(cells) + " |\n"
-    return text
+def over_seeds(rows: list[dict], method: str, setting: str, name: str) -> tuple:
+    """Mean and standard error; of evaluations, at each of them."""
+    return mean_se([row[name] for row in rows
+                    if (row["method"], row["setting"]) == (method, setting)], axis=0)
 
 
-def start_regret(rows: list[dict]) -> float:
-    """The regret of the SFT policy, from which every run starts."""
-    return mean_se([row["regret"][0] for row in rows if "regret" in row])[0]
+def settings_of(rows: list[dict]) -> list[str]:
+    """The step sizes, from the smallest on."""
+    return list(dict.fromkeys(row["setting"] for row in rows))
 
 
-def draw(rows: list[dict], path: Path) -> None:
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def markdown(noise: list[dict], runs: list[dict]) -> str:
+    """Three tables; in the first, how many responses make the noise as small as the gradient."""
+    lines = [[row["policy"], row["baseline"]] +
+             [number(row[name], row[f"{name}_se"], form) for name, form in
+              (("variance", ".0f"), ("ratio", ".2f"), ("responses", ".0f"))] for row in noise]
+    text = table(["policy", "baseline", "variance", "over the constant's",
+                  "responses for noise = gradient"], lines)
+
+    lines = [[method] + [number(*(x[-1] for x in over_seeds(runs, method, "x1", name)), form)
+                         for name, form in (("regret", ".2f"), ("reward", ".3f"), ("kl", ".2f"))]
+             for method in BASELINES]
+    text += "\n" + table(["baseline", "regret, nats", "gold reward", "KL, nats"], lines)
+
+    sizes = settings_of(runs)
+    for name, title in (("end", "regret at the end, nats"), ("largest_rise", "its largest rise")):
+        lines = [[method] + [number(*over_seeds(runs, method, size, name), ".1f") for size in sizes]
+                 for method in STEPS]
+        text += "\n" + table([title, *sizes], lines)
+    return text + f"\nThe SFT policy's regret is {of_sft(runs):.2f} nats.\n"
+
+
+def of_sft(runs: list[dict]) -> float:
+    """The regret of the policy from which every run starts."""
+    return mean_se([row["regret"][0] for row in runs])[0]
+
+
+def draw(noise: list[dict], runs: list[dict], path: Path) -> None:
     """The three questions, side by side."""
     with figure(path, 3, width=5) as (_, axes):
-        # 1) bars: the variance with each baseline, at each policy
-        found = [row for row in rows if row["part"] == "variance"]
-        policies = list(dict.fromkeys(row["policy"] for row in found))
-        baselines = list(dict.fromkeys(row["baseline"] for row in found))
+        baselines = list(dict.fromkeys(row["baseline"] for row in noise))
+        policies = list(dict.fromkeys(row["policy"] for row in noise))
         for i, policy in enumerate(policies):
-            own = [row for row in found if row["policy"] == policy]
+            own = [row for row in noise if row["policy"] == policy]
             axes[0].bar([place + 0.4 * i for place in range(len(own))],
                         [row["variance"] for row in own], 0.4,
                         yerr=[row["variance_se"] for row in own], label=policy)
+        axes[0].set_xticks([place + 0.2 for place in range(len(baselines))], baselines, rotation=15)
         axes[0].set(yscale="log", ylabel="variance of the gradient from one response",
-                    title="a baseline reduces variance")
-        axes[0].set_xticks([place + 0.2 for place in range(len(baselines))], baselines, rotation=20)
-        axes[0].legend()
+                    title="a baseline reduces variance,")
 
-        # 2) regret over the updates, with each baseline
+        steps = runs[0]["step"]
         for method in BASELINES:
-            own = over_seeds(rows, "baseline", method, 1)
-            mean, error = mean_se([row["regret"] for row in own], axis=0)
-            axes[1].plot(own[0]["step"], mean, "o-", markersize=3, label=method)
-            axes[1].fill_between(own[0]["step"], mean - error, mean + error, alpha=0.2)
-        axes[1].set(yscale="log", xlabel="updates of 64 responses", title="and so regret")
+            mean, error = over_seeds(runs, method, "x1", "regret")
+            axes[1].plot(steps, mean, "o-", markersize=3, label=method)
+            axes[1].fill_between(steps, mean - error, mean + error, alpha=0.2)
+        axes[1].set(xlabel="updates of 64 responses", title="and so regret")
 
-        # 3) regret at the end, and the worst update, over the step size
-        times = times_of(rows)
+        sizes = settings_of(runs)
         for i, method in enumerate(STEPS):
-            own = [over_seeds(rows, "step size", method, x) for x in times]
-            mean, error = mean_se([[row["regret"][-1] for row in found] for found in own], axis=1)
-            axes[2].errorbar(times, mean, error, fmt="o-", markersize=4, color=f"C{i}",
+            mean, error = zip(*(over_seeds(runs, method, size, "end") for size in sizes))
+            axes[2].errorbar(sizes, mean, error, fmt="o-", color=f"C{i}", markersize=4,
                              label=method)
-            rise = [mean_se([row["largest_rise"] for row in found])[0] for found in own]
-            axes[2].plot(times, rise, ":", color=f"C{i}")
-        axes[2].set(xscale="log", yscale="log", xlabel="learning rate, times the usual one",
-                    title="at the end; dotted: the worst update's rise")
-        axes[2].set_xticks(times, [f"x{x}" for x in times])
-        axes[2].minorticks_off()
+            rise = [over_seeds(runs, method, size, "largest_rise")[0] for size in sizes]
+            axes[2].plot(sizes, rise, ":", color=f"C{i}")
+        axes[2].set(xlabel="learning rate, times the usual one",
+                    title="regret at the end; dotted: its largest rise")
         for axis in axes[1:]:
-            axis.axhline(start_regret(rows), color="black", linestyle="--", linewidth=1,
-                         label="the SFT policy")
-            axis.set(ylabel=r"regret KL$(\pi \,\|\, \pi^*)$, nats per response")
+            axis.axhline(of_sft(runs), color="black", linestyle="--", linewidth=1,
+                         label="SFT policy")
+            axis.set(yscale="log", ylabel=r"regret: KL$(\pi \,\|\, \pi^*)$, nats per response")
+        for axis in axes:
             axis.legend(fontsize=8)
 
 
 # ---- main ----------------------------------------------------------------------------------------
 
 def main(config: Config) -> None:
-    """Build what is missing, run what is not finished, measure, and write rows, table and figure."""
+    """Run what is not finished, measure, and write rows, table and figure."""
     use_device(config.device)
     folder = Path(config.out)
     check_writable(folder)
@@ -413,22 +372,22 @@ def main(config: Config) -> None:
         check_folder(run.config)
     sft = pipeline.sft_policy(config.sft, config.dataset, config.preset, config.dtype)
     start = pipeline.load(sft, config.dataset, config.preset, config.dtype)
-    start.ref.requires_grad_(False)
     start.gold = pipeline.gold_reward(start)
     start.bank = pipeline.sample_bank(start)
 
-    runs, stopped = run_all(with_sources(planned, start), folder, config.workers)
+    done, stopped = run_all(with_sources(planned, start), folder, config.workers)
     if stopped:
         sys.exit(STOPPED)
 
-    trained = next(run.config for run in runs if run.method == TRAINED)
-    rows = variances("SFT", load_run(sft)[0], start)
-    rows += variances(f"after {trained.steps} updates", load_run(trained.out)[0], start)
-    rows += [measured(run) for run in runs]
-    text = markdown(rows)
-    write_jsonl(folder / "results.jsonl", rows)
+    trained = next(run.config for run in done if run.method == TRAINED)
+    noise = variances("SFT", load_run(sft)[0], start)
+    noise += variances(f"after {trained.steps} updates", load_run(trained.out)[0], start)
+    runs = [measured(run) for run in done]
+    text = markdown(noise, runs)
+    write_jsonl(folder / "variance.jsonl", noise)
+    write_jsonl(folder / "results.jsonl", runs)
     atomic_write(folder / "table.md", text.encode())
-    draw(rows, folder / "figure.png")
+    draw(noise, runs, folder / "figure.png")
     print(f"\n{text}\nrows, table and figure  ->  {folder}")
 
 
