@@ -1,5 +1,5 @@
-"""experiments/ablation.py: the variance of the gradient against enumeration on a tabular policy, its error against closed forms,
-the regret against KL(pi || pi*); and a small run of all of it.
+"""experiments/ablation.py: the variance of the gradient against enumeration on a tabular policy, its error against closed
+forms, the regret against KL(pi || pi*); and a small run of all of it.
 """
 import importlib
 import itertools
@@ -56,9 +56,9 @@ def world(tables):
 
 @pytest.mark.parametrize("K", [2, 3])
 def test_no_baseline_moves_the_mean_and_the_variances_are_as_predicted(K, world):
-    """With R the return, s = grad log pi and |g|^2 the gradient's square, a response has the variance E[(R - b)^2 |s|^2] - |g|^2
-    with a constant b, and leave-one-out (Var(R) E|s|^2 + |g|^2) / (K - 1) more than b = E[R]: a factor of 1 + 1/(K - 1), if
-    (R - b)^2 and |s|^2 are independent."""
+    """With R the return, s = grad log pi and |g|^2 the gradient's square, a response has the variance E[(R - b)^2 |s|^2] -
+    |g|^2 with a constant b, and leave-one-out (Var(R) E|s|^2 + |g|^2) / (K - 1) more than b = E[R]: a factor of
+    1 + 1/(K - 1), if (R - b)^2 and |s|^2 are independent."""
     estimates, exact, scores, p, R = world
     weight, found = estimates(K)
     assert list(found) == ["none", "none, scores + 5", "constant", "leave-one-out", "value network"]
@@ -110,7 +110,8 @@ def test_regret_is_the_kl_to_the_optimum(tables, tmp_path):
         return {"reward": (log_pi.exp() * r).sum().item(), "kl": (log_pi.exp() * (log_pi - log_ref)).sum().item()}
     log = [{"step": step, **{f"eval_{name}": value for name, value in row(log_pi).items()}}
            for step, log_pi in ((0, log_ref), (3, log_p))]
-    log += [{"step": step, "objective": value} for step, value in enumerate((0.0, 0.3, 0.06, 0.2))] + [{"step": 4, "seconds": 1.0}]
+    log += [{"step": step, "objective": value} for step, value in enumerate((0.0, 0.3, 0.06, 0.2))]
+    log += [{"step": 4, "seconds": 1.0}]
     run = plan(Config(quick=True, out=str(tmp_path)))[0]
     (folder := Path(run.config.out)).mkdir()
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
