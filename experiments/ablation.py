@@ -18,11 +18,11 @@ what each part of PPO buys at the usual step size. What was expected, before any
    three others is noisy, too. A value network takes away about what it explains of the returns.
 2. In nats of regret, (J(pi*) - J(pi)) / beta = KL(pi || pi*): less variance, less regret, where
    batches are small (64 responses, for the usual 256).
-3. "Clipping prevents destruction."  The learning rate times 1, 2, 4, ... for REINFORCE (one pass
-   over a batch), for PPO with four passes, and for the same without clipping. The last is the first
-   to end above the regret of the policy it started from; clipping helps until a single step, which
-   it cannot bound, goes too far: then all three die. "A step can make the policy worse": the
-   largest rise of regret from one update to the next.
+3. "Clipping prevents destruction."  The learning rate times 1/2 to 16, for REINFORCE (one pass over
+   a batch), for PPO with four passes, and for the same without clipping. The last is the first to
+   end above the regret of the policy it started from; clipping helps until a single step, which it
+   cannot bound, goes too far: then all three die. "A step can make the policy worse": the largest
+   rise of regret from one update to the next (some 2 nats of it are the noise of two batches).
 
 Every run is a plain command, printed as it starts; after Ctrl-C the same command goes on.
 
@@ -73,8 +73,8 @@ STEPS = {
     "four passes, not clipped": f"ppo.py {SHORT} --epochs 4 --clip 1e6 --value-clip 1e6",
     "PPO: four passes, clipped": f"ppo.py {SHORT} --epochs 4",
 }
-TIMES = (1, 2, 4, 8, 16, 32)  # of the usual learning rate
-QUICK_TIMES = (1, 4, 16)
+SIZES = ("x0.5", "x1", "x2", "x4", "x8", "x16")  # of the usual learning rate
+QUICK_SIZES = ("x1", "x4")
 TRAINED = "leave-one-out"  # whose policy the variance is measured at, after its updates
 
 BATCHES = 64  # independent estimates of the gradient
@@ -249,13 +249,12 @@ def variances(name: str, policy: GPT, start: pipeline.Start) -> list[dict]:
 
 def plan(config: Config) -> list[PlannedRun]:
     """Every run of both parts, the first seed first. A run's setting is its step size."""
-    commands = [(method, command, 1) for method, command in BASELINES.items()]
-    for times in QUICK_TIMES if config.quick else TIMES:
-        commands += [(method, f"{command} --lr x{times}", times)
-                     for method, command in STEPS.items()]
-    return [plan_run(config, method, Method([command]), command, seed)._replace(setting=f"x{times}")
+    commands = [(method, "x1", command) for method, command in BASELINES.items()]
+    for size in QUICK_SIZES if config.quick else SIZES:
+        commands += [(method, size, f"{command} --lr {size}") for method, command in STEPS.items()]
+    return [plan_run(config, method, Method([command]), command, seed)._replace(setting=size)
             for seed in range(1 if config.quick else config.seeds)
-            for method, command, times in commands]
+            for method, size, command in commands]
 
 
 def measured(run: PlannedRun) -> dict:
@@ -285,9 +284,9 @@ def over_seeds(rows: list[dict], method: str, setting: str, name: str) -> tuple:
                     if (row["method"], row["setting"]) == (method, setting)], axis=0)
 
 
-def settings_of(rows: list[dict]) -> list[str]:
+def sizes_of(rows: list[dict]) -> list[str]:
     """The step sizes, from the smallest on."""
-    return list(dict.fromkeys(row["setting"] for row in rows))
+    return list(dict.fromkeys(row["setting"] for row in rows if row["method"] in STEPS))
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -308,7 +307,7 @@ def markdown(noise: list[dict], runs: list[dict]) -> str:
              for method in BASELINES]
     text += "\n" + table(["baseline", "regret, nats", "gold reward", "KL, nats"], lines)
 
-    sizes = settings_of(runs)
+    sizes = sizes_of(runs)
     for name, title in (("end", "regret at the end, nats"), ("largest_rise", "its largest rise")):
         lines = [[method] + [number(*over_seeds(runs, method, size, name), ".1f") for size in sizes]
                  for method in STEPS]
@@ -342,7 +341,7 @@ def draw(noise: list[dict], runs: list[dict], path: Path) -> None:
             axes[1].fill_between(steps, mean - error, mean + error, alpha=0.2)
         axes[1].set(xlabel="updates of 64 responses", title="and so regret")
 
-        sizes = settings_of(runs)
+        sizes = sizes_of(runs)
         for i, method in enumerate(STEPS):
             mean, error = zip(*(over_seeds(runs, method, size, "end") for size in sizes))
             axes[2].errorbar(sizes, mean, error, fmt="o-", color=f"C{i}", markersize=4,

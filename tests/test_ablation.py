@@ -169,7 +169,7 @@ def test_a_small_run(small_reviews, sft_run, tmp_path, monkeypatch, capsys):
     sample_policy = evaluate.sample_policy
     monkeypatch.setattr(evaluate, "sample_policy", lambda *args: sample_policy(*args[:5], 2))  # responses to a prompt
     monkeypatch.setattr(evaluate, "draw_run", lambda *_: None)
-    for name, value in {"BATCHES": 4, "BATCH": 8, "FITTED": 2, "QUICK_TIMES": (1, 4)}.items():
+    for name, value in {"BATCHES": 4, "BATCH": 8, "FITTED": 2, "QUICK_SIZES": ("x1", "x4")}.items():
         monkeypatch.setattr(ablation, name, value)
     for group in ("BASELINES", "STEPS"):
         monkeypatch.setattr(ablation, group, {
@@ -208,6 +208,7 @@ def test_a_small_run(small_reviews, sft_run, tmp_path, monkeypatch, capsys):
         assert row["step"] == ([0, 1, 2] if row["method"] in ablation.BASELINES else [0, 3])
     text = (tmp_path / "table.md").read_text()
     assert text in capsys.readouterr().out and f"| no baseline | {runs[0]['end']:.2f} | {runs[0]['reward'][-1]:.3f} |" in text
+    assert "| regret at the end, nats | x1 | x4 |" in text and ablation.sizes_of(runs) == ["x1", "x4"]
     assert (tmp_path / "figure.png").stat().st_size > 20_000
 
 
@@ -216,11 +217,11 @@ def test_a_small_run(small_reviews, sft_run, tmp_path, monkeypatch, capsys):
 def test_three_seeds_of_each_baseline_and_of_each_step_size():
     """A step size changes the learning rate of the policy and nothing else."""
     runs = plan(Config())
-    assert len(runs) == 3 * (3 + 3 * 6) and len(plan(Config(quick=True))) == 3 + 3 * 3
+    assert len(runs) == 3 * (3 + 3 * 6) and len(plan(Config(quick=True))) == 3 + 3 * 2
     for run in runs:
-        usual = next(other for other in runs if other.method == run.method and other.seed == run.seed)
+        usual = next(other for other in runs if (other.method, other.setting, other.seed) == (run.method, "x1", run.seed))
         a, b = (vars(other.config) | {"out": ""} for other in (run, usual))
-        assert a.pop("lr") == pytest.approx(int(run.setting[1:]) * b.pop("lr")) and a == b
+        assert a.pop("lr") == pytest.approx(float(run.setting[1:]) * b.pop("lr")) and a == b
         assert parse(type(run.config), "", command(run.config)[1:]) == run.config
 
 
