@@ -43,7 +43,7 @@ def test_auto_is_cuda_or_the_cpu_and_the_others_must_be_there(cuda, mps, auto, m
         assert not autocast("auto")._enabled and autocast("bfloat16")._enabled
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, *(f"experiments/{name}" for name in ("frontier", "winrate", "scaling", "distill"))])
+@pytest.mark.parametrize("script", [*SCRIPTS, *(f"experiments/{name}" for name in ("frontier", "winrate", "scaling", "distill", "ablation"))])
 @pytest.mark.parametrize("name", ["cuda", "mps"])
 def test_a_device_that_is_not_there_is_one_line_before_anything_is_built(script, name, root, tmp_path):
     if name == "mps" and torch.backends.mps.is_available():

@@ -304,7 +304,8 @@ def test_a_policy_of_their_pairs_talks(root, qa, capsys):
         "error: --optimum: the task has no gold reward"
 
 
-@pytest.mark.parametrize("script", ["label", "experiments/frontier", "experiments/distill", "experiments/scaling", "experiments/winrate"])
+@pytest.mark.parametrize("script", ["label", *(f"experiments/{name}" for name in (
+    "frontier", "distill", "ablation", "scaling", "winrate"))])
 def test_what_measures_a_gold_reward_refuses_their_folder(script, root, tmp_path):
     """Before it trains an SFT policy for that."""
     jsonl(tmp_path / "qa/pairs.jsonl", questions(30))
