@@ -13,8 +13,10 @@ TASK = Task(
             pair_prompts=1600, pair_samples=4,
             bank_prompts=128, bank_samples=256,
             evaluate_every={"sft": 25, "dpo": 25, "ppo": 5, "reinforce": 5, "vargrad": 5},
-            minutes={"sft": 0.7, "pairs": 0.3, "bank": 0.4, "reward_model": 0.4},
+            minutes={"sft": 0.7, "pairs": 0.3, "bank": 0.4, "reward_model": 1.2},
             settings={
+                # three passes: one leaves it below a model of word pairs (results/reviews)
+                "reward_model": dict(lr=1e-3, epochs=3.0),
                 "sft chosen": dict(steps=300, lr=5e-4),  # one pass over the pairs
             }),
     })
