@@ -20,7 +20,7 @@ Z(x) is unknown and the same for all responses to x: a variance does not see it.
     logistic function in place of the square.
 
     python vargrad.py                              # on a reward model of the pairs
-    python vargrad.py --reward gold                # the task's own reward; some 4 minutes
+    python vargrad.py --reward gold                # the task's own reward; some 3 minutes
     python vargrad.py --reward FILE.py:function    # yours, as in ppo.py
 
 Scores are shifted and scaled to mean 0 and standard deviation 1 on responses of the reference,
@@ -77,7 +77,7 @@ class Config:
     sft: str = ""  # Run folder of the SFT policy, if not runs/<dataset>/sft.
 
     # ---- optimisation
-    steps: int = 80  # Updates, each on a batch of new responses and on batches of earlier ones.
+    steps: int = 50  # Updates, each on a batch of new responses and on batches of earlier ones.
     batch_size: int = 256  # Responses of a batch.
     samples: int = 16  # Responses to each prompt among them.
     replay: int = 3  # Batches of earlier responses in an update, an optimizer step each.

@@ -5,6 +5,7 @@
     python experiments/frontier.py --dataset imdb      # the paper's task: hours, in pieces
     python experiments/frontier.py --grid why          # what keeps each method from the optimum
     python experiments/frontier.py --grid ablation     # what each part of PPO buys
+    python experiments/frontier.py --grid best         # each method with its best settings
     python experiments/frontier.py --grid FILE.json    # methods of your own: docs/your_own.md
     python experiments/frontier.py --draw RUN ...      # with these finished runs; nothing is run
 
@@ -74,7 +75,8 @@ class Config:
 
     # ---- what is run
     grid: str = "paper"  # paper = every method of the paper's figure; why = what keeps each from
-    # the optimum; ablation = what each part of PPO buys; or FILE.json: {method: [command, ...]}.
+    # the optimum; ablation = what each part of PPO buys; best = each with its best settings; or
+    # FILE.json: {method: [command, ...]}.
     draw: tuple[str, ...] = ()  # Run nothing: draw these finished runs beside those of the grid.
     quick: bool = False  # Run one seed of a few settings.
     seeds: int = 3  # Runs of every setting.

@@ -83,8 +83,25 @@ ABLATION = {
     "PPO, no clipping": Method([f"ppo.py {GOLD} --clip 1e6 --value-clip 1e6 --beta 0.15"], quick=0),
     "PPO, lam 0.95": Method([f"ppo.py {GOLD} --lam 0.95 --beta 0.15"], quick=0),
     "PPO, 4 epochs": Method([f"ppo.py {GOLD} --epochs 4 --beta 0.15"], quick=0),
+    "PPO, lam 0.9": Method([f"ppo.py {GOLD} --lam 0.9 --beta 0.15"], quick=0),
+    "PPO, lam 0.9, value network first": Method([f"ppo.py {GOLD} --lam 0.9 --value-warmup 8 "
+                                                 "--beta 0.15"], quick=0),
+    "VarGrad, no replay": Method([f"vargrad.py {GOLD} --replay 0 --beta 0.15"], quick=0),
+    "VarGrad": Method([f"vargrad.py {GOLD} --beta 0.15"], quick=0),
 }
-GRIDS = {"paper": PAPER, "why": WHY, "ablation": ABLATION}
+# Every method with the settings that were found best for it on other prompts, at fixed betas. With
+# the gold reward: as many responses as it takes to come close to the optimum.
+CRITIC = "--lam 0.9 --value-warmup 8"
+LONG = "--batch-size 512 --evaluate-every 20"
+BEST = {
+    "DPO": Method([f"dpo.py --beta {beta}" for beta in (0.5, 0.3, 1.0, 0.1)]
+                  + [f"dpo.py --beta {beta} --lr x0.25" for beta in (0.3, 0.1)]),
+    "PPO": Method([f"ppo.py {CRITIC} --beta {beta}" for beta in (0.3, 0.6, 0.15, 1.2)]),
+    "VarGrad": Method([f"vargrad.py --beta {beta}" for beta in (0.3, 0.15)]),
+    "PPO-GT": Method([f"ppo.py {GOLD} {CRITIC} --steps 150 --lr 3e-4 --beta 0.18 {LONG}"]),
+    "VarGrad-GT": Method([f"vargrad.py {GOLD} --steps 160 --beta 0.18 {LONG}"]),
+}
+GRIDS = {"paper": PAPER, "why": WHY, "ablation": ABLATION, "best": BEST}
 
 
 def methods_of(grid: str) -> dict[str, Method]:
