@@ -11,13 +11,10 @@ TASK = Task(
             pair_prompts=4000, pair_samples=4,
             bank_prompts=256, bank_samples=64,
             evaluate_every={"sft": 100, "dpo": 100, "ppo": 10, "reinforce": 10, "vargrad": 10},
-            minutes={"sft pretrain": 75, "sft": 37, "classifier": 25, "pairs": 4, "bank": 3,
-                     "reward_model": 15},
+            minutes={"sft": 50, "classifier": 25, "pairs": 4, "bank": 3, "reward_model": 15},
             settings={
-                # one pass over all of the reviews, then two over their first 95 tokens
-                "sft pretrain": dict(n_layer=4, n_head=4, n_embd=256, block_size=96, steps=9300,
-                                     lr=3e-3, warmup=200),
-                "sft": dict(block_size=96, steps=4500, lr=1e-3, warmup=100),
+                "sft": dict(n_layer=4, n_head=4, n_embd=256, block_size=96, steps=6500, lr=3e-3,
+                            warmup=200),
                 "sft chosen": dict(steps=700, lr=3e-4),
                 "classifier": dict(block_size=160),
                 "dpo": dict(lr=3e-5, warmup=50),

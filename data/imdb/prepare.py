@@ -8,8 +8,6 @@ https://ai.stanford.edu/~amaas/data/sentiment/ -- 25,000 labelled reviews to tra
 a label. It has exact copies, also across these parts. They go, so that nothing in test was trained on.
 
 Written to data/imdb/prepared/ (25 seconds on 2 CPU cores, and 130 MB):
-    pretrain.jsonl      290,000 rows {"text"}: the reviews of train, whole, in pieces of 94 tokens; train's own first tokens
-                         are a quarter of them
     train.jsonl          72,787 rows {"text", "label"}: 24,902 labelled (1 positive, 0 negative), 47,885 with null
     valid.jsonl           1,000 rows {"text"}: held out from the unlabelled reviews, for choosing settings
     test.jsonl           24,676 rows {"text", "label"}: shares no text with train or valid
@@ -52,7 +50,6 @@ PARTS = {"train": {"train/neg": 0, "train/pos": 1}, "test": {"test/neg": 0, "tes
          "unsup": {"train/unsup": None}}  # part: its folders and their label
 NUM_VALID, NUM_BPE, NUM_PROMPTS_TRAIN, NUM_PROMPTS_TEST = 1_000, 20_000, 20_000, 2_000  # rows
 MIN_K, MAX_K = 2, 8  # prompt length, tokens
-PIECE, MIN_PIECE = 94, 16  # tokens of a piece of a review; of its last piece, at least
 
 
 # ---- getting and reading the archive ---------------------------------------------------------------------------------
@@ -146,16 +143,6 @@ def cut_prompts(rows: list[dict], count: int, tokenizer: Tokenizer, seed: int, e
     return prompts
 
 
-def pieces(texts: list[str], tokenizer: Tokenizer) -> list[dict]:
-    """Rows {"text"}: every text in pieces of PIECE tokens, from its start on; what is left over counts from MIN_PIECE."""
-    rows = []
-    for tokens in tokenizer.encode_batch(texts):
-        for i in range(0, len(tokens), PIECE):
-            if len(tokens) - i >= MIN_PIECE:
-                rows.append({"text": tokenizer.decode(tokens[i:i + PIECE])})
-    return rows
-
-
 # ---- the whole -------------------------------------------------------------------------------------------------------
 
 def prepare(archive: Path | None = None, out: Path = OUT, vocab_size: int = 4096, seed: int = 0) -> dict:
@@ -201,13 +188,8 @@ def prepare(archive: Path | None = None, out: Path = OUT, vocab_size: int = 4096
     prompts_train = cut_prompts(train, NUM_PROMPTS_TRAIN, tokenizer, seed, exclude=prompts_test)
     report(f"{len(prompts_train):,} prompts from train, {len(prompts_test):,} from test")
 
-    # 6. SFT reads the start of a review; what comes behind it teaches the same language
-    pretrain = pieces([row["text"] for row in train], tokenizer)
-    rng.shuffle(pretrain)
-    report(f"{len(pretrain):,} pieces of train")
-
-    # 7. write all of it or nothing
-    rows = {"pretrain": pretrain, "train": train, "valid": valid, "test": test, "prompts_train": prompts_train, "prompts_test": prompts_test}
+    # 6. write all of it or nothing
+    rows = {"train": train, "valid": valid, "test": test, "prompts_train": prompts_train, "prompts_test": prompts_test}
 
     def write(folder: Path) -> dict:
         for name, content in rows.items():
