@@ -79,7 +79,7 @@ class Config:
     # FILE.json: {method: [command, ...]}.
     draw: tuple[str, ...] = ()  # Run nothing: draw these finished runs beside those of the grid.
     quick: bool = False  # Run one seed of a few settings.
-    seeds: int = 3  # Runs of every setting.
+    seeds: int = 3  # Runs of every setting, each with pairs and reward model of its own.
     sft: str = ""  # Run folder of the SFT policy, if not runs/<dataset>/sft.
 
     # ---- how it is run
