@@ -1,23 +1,23 @@
 """VarGrad: DPO's idea with scores in place of comparisons. At the optimum the score of a response,
-less beta times its log-ratio, is the same number for every response to a prompt; so make it so.
+less beta times its log-ratio, is one number for all responses to a prompt. So make it one.
 
     maximise  E_{x, y ~ pi_theta} [ r(x, y) ] - beta KL( pi_theta(.|x) || pi_ref(.|x) )
                                                                      (Rafailov et al. 2023, Eq. 3)
-    its optimum:  log pi*(y|x) / pi_ref(y|x) = score(x, y) / beta - log Z(x)                  (Eq. 4)
+    at its optimum  log pi*(y|x) / pi_ref(y|x) = score(x, y) / beta - log Z(x)              (Eq. 4)
 
     residual(y) = score(x, y) / beta - log pi_theta(y|x) / pi_ref(y|x)
-    L(x) = 1/2 Var_y [ residual(y) ],  y: the prompt's responses        (Richter et al. 2020, Eq. 12)
+    L(x) = 1/2 Var_y [ residual(y) ]  over responses y to x         (Richter et al. 2020, Eq. 12)
 
-Z(x) is unknown and the same for all responses to x: a variance does not see it. Three things follow.
+Z(x) is unknown, but the same for all responses to x: a variance does not see it. So
 
-  - L is 0 at pi* wherever the responses come from. So earlier responses stay valid data: every
-    update also learns from some of all that were ever drawn (Bartoldson et al. 2025 do so, too). A
+  - L is 0 at pi* wherever the responses come from. Earlier responses stay valid data, and every
+    update learns from some of all that were ever drawn, too (as in Bartoldson et al. 2025). A
     policy gradient needs responses of the policy as it is now, and PPO a clip where they are not.
-  - On responses of the policy itself the gradient of beta L is that of REINFORCE with the
-    leave-one-out baseline, exactly: `python vargrad.py --replay 0` is reinforce.py.
-  - With two responses L is 1/4 ((score_1 - score_2) / beta - difference of their log-ratios)^2, the
-    loss of REBEL (Gao et al. 2024). DPO has a comparison in place of the two scores, and the
-    logistic function in place of the square.
+  - On any responses the gradient of beta L is that of REINFORCE with the leave-one-out baseline:
+    `python vargrad.py --replay 0` is reinforce.py.
+  - With two responses L = 1/4 ((score_1 - score_2) / beta - difference of their log-ratios)^2, the
+    loss of REBEL (Gao et al. 2024). DPO has a comparison where this has two scores, and the
+    logistic function where this has the square.
 
     python vargrad.py                              # on a reward model of the pairs
     python vargrad.py --reward gold                # the task's own reward; some 3 minutes
