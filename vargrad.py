@@ -6,7 +6,8 @@ less beta times its log-ratio, is one number for all responses to a prompt. So m
     at its optimum  log pi*(y|x) / pi_ref(y|x) = score(x, y) / beta - log Z(x)              (Eq. 4)
 
     residual(y) = score(x, y) / beta - log pi_theta(y|x) / pi_ref(y|x)
-    L(x) = 1/2 Var_y [ residual(y) ]  over responses y to x         (Richter et al. 2020, Eq. 12)
+    L(x) = 1/2 Var_y [ residual(y) ]  over responses y to x
+                                                    (the log-variance loss of Richter et al. 2020)
 
 Z(x) is unknown, but the same for all responses to x: a variance does not see it. So
 

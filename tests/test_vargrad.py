@@ -58,7 +58,7 @@ def test_on_any_responses_its_gradient_is_that_of_reinforce(tables, samples):
 
 
 def test_with_two_responses_it_is_rebel(tables):
-    """1/4 ((score_1 - score_2) / beta - (log-ratio_1 - log-ratio_2))^2: REBEL's loss (Gao et al. 2024, Eq. 9), eta = 1 / beta,
+    """1/4 ((score_1 - score_2) / beta - (log-ratio_1 - log-ratio_2))^2: REBEL's loss (Gao et al. 2024) with eta = 1 / beta,
     but for the factor and with the reference in place of the last policy."""
     table, ref, r = tables
     log_ratios = logprobs_of(table).sum(1) - logprobs_of(ref).sum(1)
