@@ -708,6 +708,15 @@ def exercise(command):
 
 
 def course_rlhf():
+    model, one_pass = (last(f"reviews/reward-model{name}/log.jsonl") for name in ("", "-epochs1-lr0.0005"))
+    for name, value in model.items():
+        if "held_out" in name or "confidence" in name:
+            yield f"{name.replace('_', ' ')} {value:.4g}"  # as the script prints it
+    a_pass = model["step"] // 3
+    learned = statistics.mean(column(read("reviews/reward-model/log.jsonl")[2 * a_pass:3 * a_pass], "accuracy"))
+    yield f"In the last of three passes it is right about {learned:.0%} of the labels that it trains on"
+    yield (f"has {100 * one_pass['held_out_accuracy']:.1f}% of the held-out labels in place of "
+           f"{100 * model['held_out_accuracy']:.1f}%")
     (loo, with_baseline), (none, without) = (exercise("python reinforce.py --reward gold" + flag)
                                              for flag in ("", " --baseline none"))
     yield f"{without} nats for {with_baseline}"
