@@ -724,6 +724,10 @@ def course_rlhf():
     half, nearer = exercise("python ppo.py --reward gold --beta 0.5")
     yield f"Nearer: {nearer} nats, {half['share']:.0%} of the optimum"
     yield f"The limit in theory is {half['limit_reward']:.3f} at {half['limit_kl']:.2f} nats"
+    ppo, _ = exercise("python ppo.py")
+    yield f"sampling noise ({ppo['first']['scores']:.2f})"
+    yield f"exactly 1 on the first, {ppo['first']['ratio']:.4f} in all"
+    assert ppo["last"]["scores"] > 2  # "more than two standard deviations up"
     short, _ = exercise("python ppo.py --reward FILE.py:short")
     yield f"falls from {last_sft_length():.0f} tokens to {short['length']:.0f}"
     yield f"the KL is {short['kl']:.1f} nats and the gold reward {short['reward']:.1f}"
