@@ -707,6 +707,13 @@ def exercise(command):
     return own, f"{own['reward']:.3f} at {own['kl']:.2f}"
 
 
+def line_of_table(own):
+    """Reward, KL and share as the scripts print them."""
+    bound = "" if own["share_known"] else "<= "
+    return (f"{own['reward']:.3f} +- {own['reward_se']:.3f} {own['kl']:.2f} +- {own['kl_se']:.2f} "
+            f"{bound}{own['share']:.0%}")
+
+
 def course_rlhf():
     model, one_pass = (last(f"reviews/reward-model{name}/log.jsonl") for name in ("", "-epochs1-lr0.0005"))
     for name, value in model.items():
@@ -725,6 +732,7 @@ def course_rlhf():
     yield f"Nearer: {nearer} nats, {half['share']:.0%} of the optimum"
     yield f"The limit in theory is {half['limit_reward']:.3f} at {half['limit_kl']:.2f} nats"
     ppo, _ = exercise("python ppo.py")
+    yield f"PPO on model, beta 0.1 {line_of_table(ppo)}"
     yield f"sampling noise ({ppo['first']['scores']:.2f})"
     yield f"exactly 1 on the first, {ppo['first']['ratio']:.4f} in all"
     assert ppo["last"]["scores"] > 2  # "more than two standard deviations up"
@@ -773,6 +781,8 @@ def course_against():
     half, noisy = exercise("python dpo.py --beta 0.5")
     argmax, clean = exercise("python dpo.py --beta 0.5 --labels argmax")
     yield f"{clean} nats ({argmax['share']:.0%} of the optimum) in place of {noisy} ({half['share']:.0%})"
+    for name, own in ("dpo", half), ("ppo", exercise("python ppo.py --beta 0.5")[0]):
+        yield f"{name}-beta0.5-seed0 {line_of_table(own)}"
     gold, _ = exercise("python ppo.py --reward gold --beta 0.5")
     yield f"is at {gold['limit_kl']:.2f} nats, that of `python dpo.py --beta 0.5` at {half['limit_kl']:.2f}"
     along, _ = exercise("dpo.py: the reference is the policy of the moment")
