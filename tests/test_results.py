@@ -271,7 +271,9 @@ def reviews():
            f"reward is right "
            f"about {100 * steps['dpo-beta1-seed0']['held_out_accuracy']:.1f}% of the labels at β = 1 and {small[0]:.1f} to "
            f"{small[-1]:.1f}% at β = 0.1; the explicit reward model of the same pairs is right about "
-           f"{100 * last('reviews/reward-model/log.jsonl')['held_out_accuracy']:.1f}%")
+           f"{100 * last('reviews/reward-model/log.jsonl')['held_out_accuracy']:.1f}% ([reward-model](reward-model), three passes) "
+           f"or {100 * last('reviews/reward-model-epochs1-lr0.0005/log.jsonl')['held_out_accuracy']:.1f}% "
+           "([one pass](reward-model-epochs1-lr0.0005): PPO on this page has this one)")
     two = json.loads((RESULTS / "processes/dpo-two.json").read_text())
     end = two["table"][two["name"]]
     yield f"Two processes end with {end['reward']:.3f} at {end['kl']:.2f} nats"
