@@ -6,7 +6,7 @@
 It is bt.py's model with a network for the strengths: what it learns on some texts, it says of
 others.
 
-    python reward_model.py                       # on the pairs of `reviews`; 20 s on 2 cores
+    python reward_model.py                       # on the pairs of `reviews`; a minute on 2 cores
     python reward_model.py --pairs FILE.jsonl    # your own pairs: {"prompt", "chosen", "rejected"}
     python reward_model.py --dataset FOLDER      # your own pairs and texts, see common/own_data.py
 

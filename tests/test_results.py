@@ -271,7 +271,9 @@ def reviews():
            f"reward is right "
            f"about {100 * steps['dpo-beta1-seed0']['held_out_accuracy']:.1f}% of the labels at β = 1 and {small[0]:.1f} to "
            f"{small[-1]:.1f}% at β = 0.1; the explicit reward model of the same pairs is right about "
-           f"{100 * last('reviews/reward-model/log.jsonl')['held_out_accuracy']:.1f}%")
+           f"{100 * last('reviews/reward-model/log.jsonl')['held_out_accuracy']:.1f}% ([reward-model](reward-model), three passes) "
+           f"or {100 * last('reviews/reward-model-epochs1-lr0.0005/log.jsonl')['held_out_accuracy']:.1f}% "
+           "([one pass](reward-model-epochs1-lr0.0005): PPO on this page has this one)")
     two = json.loads((RESULTS / "processes/dpo-two.json").read_text())
     end = two["table"][two["name"]]
     yield f"Two processes end with {end['reward']:.3f} at {end['kl']:.2f} nats"
@@ -707,7 +709,23 @@ def exercise(command):
     return own, f"{own['reward']:.3f} at {own['kl']:.2f}"
 
 
+def line_of_table(own):
+    """Reward, KL and share as the scripts print them."""
+    bound = "" if own["share_known"] else "<= "
+    return (f"{own['reward']:.3f} +- {own['reward_se']:.3f} {own['kl']:.2f} +- {own['kl_se']:.2f} "
+            f"{bound}{own['share']:.0%}")
+
+
 def course_rlhf():
+    model, one_pass = (last(f"reviews/reward-model{name}/log.jsonl") for name in ("", "-epochs1-lr0.0005"))
+    for name, value in model.items():
+        if "held_out" in name or "confidence" in name:
+            yield f"{name.replace('_', ' ')} {value:.4g}"  # as the script prints it
+    a_pass = model["step"] // 3
+    learned = statistics.mean(column(read("reviews/reward-model/log.jsonl")[2 * a_pass:3 * a_pass], "accuracy"))
+    yield f"In the last of three passes it is right about {learned:.0%} of the labels that it trains on"
+    yield (f"has {100 * one_pass['held_out_accuracy']:.1f}% of the held-out labels in place of "
+           f"{100 * model['held_out_accuracy']:.1f}%")
     (loo, with_baseline), (none, without) = (exercise("python reinforce.py --reward gold" + flag)
                                              for flag in ("", " --baseline none"))
     yield f"{without} nats for {with_baseline}"
@@ -715,6 +733,11 @@ def course_rlhf():
     half, nearer = exercise("python ppo.py --reward gold --beta 0.5")
     yield f"Nearer: {nearer} nats, {half['share']:.0%} of the optimum"
     yield f"The limit in theory is {half['limit_reward']:.3f} at {half['limit_kl']:.2f} nats"
+    ppo, _ = exercise("python ppo.py")
+    yield f"PPO on model, beta 0.1 {line_of_table(ppo)}"
+    yield f"sampling noise ({ppo['first']['scores']:.2f})"
+    yield f"exactly 1 on the first, {ppo['first']['ratio']:.4f} in all"
+    assert ppo["last"]["scores"] > 2  # "more than two standard deviations up"
     short, _ = exercise("python ppo.py --reward FILE.py:short")
     yield f"falls from {last_sft_length():.0f} tokens to {short['length']:.0f}"
     yield f"the KL is {short['kl']:.1f} nats and the gold reward {short['reward']:.1f}"
@@ -760,6 +783,8 @@ def course_against():
     half, noisy = exercise("python dpo.py --beta 0.5")
     argmax, clean = exercise("python dpo.py --beta 0.5 --labels argmax")
     yield f"{clean} nats ({argmax['share']:.0%} of the optimum) in place of {noisy} ({half['share']:.0%})"
+    for name, own in ("dpo", half), ("ppo", exercise("python ppo.py --beta 0.5")[0]):
+        yield f"{name}-beta0.5-seed0 {line_of_table(own)}"
     gold, _ = exercise("python ppo.py --reward gold --beta 0.5")
     yield f"is at {gold['limit_kl']:.2f} nats, that of `python dpo.py --beta 0.5` at {half['limit_kl']:.2f}"
     along, _ = exercise("dpo.py: the reference is the policy of the moment")
