@@ -399,6 +399,18 @@ def test_learning_rates(small_run, monkeypatch):
     assert [{group["lr"] for group in optimizer.param_groups} for optimizer in made] == [{log[4]["lr"]}, {1e-3 * (1 - 4 / 5)}]
 
 
+def test_the_value_network_learns_first(small_run):
+    """In the first three updates the policy is the reference, so beta has nothing to adapt to; the values learn what its
+    responses are worth. Then the policy's own warm-up begins."""
+    log, _ = small_run("--steps 8 --value-warmup 3 --warmup 2 --lr 1e-2 --value-lr 3e-2 --epochs 4 --target-kl 0.5 --horizon 100 "
+                       "--batch-size 120")
+    assert [row["lr"] for row in log] == pytest.approx([0, 0, 0, *(1e-2 * min(1, i / 2) * (1 - (i + 2) / 8) for i in range(1, 6))])
+    for row in log[:4]:  # update 3 draws from the policy before its first step
+        assert abs(row["kl"]) < 1e-4 and row["beta"] == log[0]["beta"]
+    assert abs(log[4]["kl"]) > 1e-3 and log[4]["beta"] != log[3]["beta"]
+    assert log[3]["explained_variance"] > log[0]["explained_variance"] + 0.1
+
+
 def test_the_reference_is_not_trained_and_the_value_network_not_kept(small_run, toy, monkeypatch):
     """Neither its file nor the network in memory; model.pt has the names and shapes of the SFT policy, and other numbers."""
     seen, report = [], evaluate.report
