@@ -285,6 +285,49 @@ def reviews():
 
 # ---- imdb ------------------------------------------------------------------------------------------------------------
 
+def with_beta(setting):
+    """beta 0.5, epochs 3 as pages have it."""
+    return setting.replace("beta", "β =").replace("epochs 3", "3 passes")
+
+
+def reviews_best():
+    """Each method at its best: where runs end, the reward models' ceilings, the short runs that chose."""
+    methods, scale = methods_of("reviews/frontier-best/results.jsonl"), reviews_scale()
+    dpo, ppo = methods["DPO"], methods["PPO"]
+    for method in methods.values():
+        for end in sorted(method.ends, key=lambda end: end.kl):
+            seeds = len(end.rows)
+            kl = pm(column(end.rows, "kl"), ".2f") if seeds > 1 else f"{end.kl:.2f}"
+            yield cells(f"{method.name}, {with_beta(end.setting)}", str(seeds), f"{end.reward:.3f} ± {method.error:.3f}", kl,
+                        scale.share(end.reward, end.kl), f"{efficiency(end):.0f}%")
+    yield "DPO − PPO | " + " | ".join(lead(dpo, ppo, kl)[0] for kl in (1, 2, 3)) + " |"
+    yield "DPO | " + " | ".join(f"{interpolated(dpo, kl)} ({share_at(dpo, kl)})" for kl in (1, 2, 3)) + " |"
+    yield "PPO | " + " | ".join(f"{interpolated(ppo, kl)} ({share_at(ppo, kl)})" for kl in (1, 2, 3)) + " |"
+    plain = methods["PPO, lam 1"].ends[0]
+    yield f"it is {points_above(ppo, plain):+.0f} points".replace("-", "−")
+    before = methods_of("reviews/frontier/results.jsonl")["PPO"]
+    yield f"{share_at(before, 2)} at 2 nats"
+
+    # ---- the reward models
+    for name in dict.fromkeys(column(read("reviews/ceiling/results.jsonl"), "model")):
+        own = rows("reviews/ceiling/results.jsonl", model=name)
+        assert len(own) == 3
+        accuracy = [100 * value for value in column(own, "accuracy")]
+        yield cells(name, f"{pm(accuracy, '.1f')}%", pm(column(own, "loss"), ".3f"),
+                    [f"{pm(column(own, f'reward_at_{kl}'), '.3f')} ({statistics.mean(column(own, f'share_at_{kl}')):.0%})"
+                     for kl in (1, 2, 3)])
+
+    # ---- the short runs
+    for one in read("reviews/tuning/results.jsonl"):
+        if one["of"] == "reward model":
+            share = f"{one['share_at_2']:.0%}" if "share_at_2" in one else ""
+            yield cells(one["setting"], f"{one['accuracy']:.1%}", f"{one['loss']:.3f}", share)
+        else:
+            drawn = f"{one['responses']:,}" if "responses" in one else ""
+            yield cells(one["setting"], drawn, f"{one['reward']:.3f}", f"{one['kl']:.2f}", f"{one['share']:.0%}",
+                        f"{one['kl_efficiency']:.0%}")
+
+
 def imdb():
     found = read("imdb/frontier/results.jsonl")
 
@@ -825,6 +868,7 @@ def test_a_finding_stands_on_the_page_that_it_links_to(page):
 CLAIMS = {
     "README.md": readme,
     "results/reviews/README.md": reviews,
+    "results/reviews/frontier-best/README.md": reviews_best,
     "results/imdb/README.md": imdb,
     "results/posts/README.md": posts,
     "results/tldr/README.md": tldr,
@@ -848,7 +892,7 @@ KNOWN = ("section 6.1", "Python 3.11 or newer",
 
 # ---- the tables that a command wrote -----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("grid", ["frontier", "frontier-why", "frontier-ablation", "frontier-losses"])
+@pytest.mark.parametrize("grid", ["frontier", "frontier-why", "frontier-ablation", "frontier-losses", "frontier-best"])
 def test_the_frontiers_tables_are_what_the_command_makes_of_the_rows(grid):
     """Of results.jsonl and of the bank's curve."""
     text = frontier.markdown(read(f"reviews/{grid}/results.jsonl"), reviews_scale())
