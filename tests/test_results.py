@@ -841,6 +841,9 @@ def course_against():
     yield cells([with_error(f"dpo-beta{beta}-seed0, less the reward model") for beta in ("1", "0.3", "0.1", "0.03")])
     for name in "labels that the reward model gets right", "labels that the gold reward gets right":
         yield with_error(name).removeprefix("+")
+    one_pass = 100 * last("reviews/reward-model-epochs1-lr0.0005/log.jsonl")["held_out_accuracy"]
+    yield f"After one pass the reward model is right about {one_pass:.1f}%, no more than DPO at β = 1"
+    assert one_pass <= 100 * numbers["dpo-beta1-seed0, labels that it gets right"]["mean"]
 
 
 # ---- the index -------------------------------------------------------------------------------------------------------
