@@ -90,7 +90,8 @@ ABLATION = {
     "VarGrad": Method([f"vargrad.py {GOLD} --beta 0.15"], quick=0),
 }
 # Each method with the settings that were best for it on other prompts (results/reviews/tuning), at
-# fixed betas; PPO also as it is by default. With the gold reward, six times the usual responses.
+# fixed betas; PPO also as it is by default. With the gold reward, three or six times the usual
+# responses.
 CRITIC = "--lam 0.9 --value-warmup 8"
 LONG = "--batch-size 512 --evaluate-every 20"
 BEST = {
@@ -99,7 +100,8 @@ BEST = {
     "PPO": Method([f"ppo.py {CRITIC} --beta {beta}" for beta in (0.3, 0.6, 0.15)]),
     "PPO, lam 1": Method(["ppo.py --beta 0.3"]),
     "PPO-GT": Method([f"ppo.py {GOLD} {CRITIC} --steps 150 --lr 3e-4 --beta 0.18 {LONG}"]),
-    "VarGrad-GT": Method([f"vargrad.py {GOLD} --steps 160 --beta 0.18 {LONG}"]),
+    "VarGrad-GT": Method([f"vargrad.py {GOLD} --steps 160 --beta 0.18 {LONG}",
+                          f"vargrad.py {GOLD} --steps 80 --beta 0.04 {LONG}"]),
 }
 GRIDS = {"paper": PAPER, "why": WHY, "ablation": ABLATION, "best": BEST}
 
