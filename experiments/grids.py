@@ -83,10 +83,8 @@ ABLATION = {
     "PPO, no clipping": Method([f"ppo.py {GOLD} --clip 1e6 --value-clip 1e6 --beta 0.15"], quick=0),
     "PPO, lam 0.95": Method([f"ppo.py {GOLD} --lam 0.95 --beta 0.15"], quick=0),
     "PPO, 4 epochs": Method([f"ppo.py {GOLD} --epochs 4 --beta 0.15"], quick=0),
-    "PPO, lam 0.9": Method([f"ppo.py {GOLD} --lam 0.9 --beta 0.15"], quick=0),
     "PPO, lam 0.9, value network first": Method([f"ppo.py {GOLD} --lam 0.9 --value-warmup 8 "
                                                  "--beta 0.15"], quick=0),
-    "VarGrad, no replay": Method([f"vargrad.py {GOLD} --replay 0 --beta 0.15"], quick=0),
     "VarGrad": Method([f"vargrad.py {GOLD} --beta 0.15"], quick=0),
 }
 # Each method with the settings that were best for it on other prompts (results/reviews/tuning), at
