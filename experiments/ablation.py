@@ -4,7 +4,8 @@
     python experiments/ablation.py             # three seeds: 45 minutes
 
 All of it maximises the gold reward; beta is 0.15, as in `frontier.py --grid ablation`, which asks
-what each part of PPO buys at the usual step size. What was expected, before anything was run:
+what each part of PPO buys at the usual step size. What was expected (results/reviews/ablation
+says what came of it):
 
 1. "A baseline reduces variance."  Of the estimate from one response,
 

@@ -21,7 +21,7 @@ import pytest
 
 import evaluate
 from common.statistics import mean_se
-from experiments import frontier, scaling, winrate
+from experiments import ablation, frontier, scaling, winrate
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -222,7 +222,9 @@ def reviews():
             ("REINFORCE, baseline: the mean of the prompt's other responses", "REINFORCE, leave-one-out"),
             ("REINFORCE, baseline: a value network", "REINFORCE, value network"),
             ("PPO: two passes over each batch, clipped", "PPO"),
-            ("no clipping", "PPO, no clipping"), ("λ = 0.95", "PPO, lam 0.95"), ("four passes", "PPO, 4 epochs")):
+            ("no clipping", "PPO, no clipping"), ("λ = 0.95", "PPO, lam 0.95"), ("four passes", "PPO, 4 epochs"),
+            ("λ = 0.9, the value network learns first", "PPO, lam 0.9, value network first"),
+            ("VarGrad: three batches of earlier responses beside each new one", "VarGrad")):
         end, = ablation[name].ends
         mean, error = regrets[name]
         yield cells(label, end_cells(ablation[name]), f"{mean:.2f} ± {error:.2f}", share_at(ppo_gt, end.kl))
@@ -298,8 +300,9 @@ def reviews_best():
         for end in sorted(method.ends, key=lambda end: end.kl):
             seeds = len(end.rows)
             kl = pm(column(end.rows, "kl"), ".2f") if seeds > 1 else f"{end.kl:.2f}"
+            known = evaluate.kl_efficiency(scale.optimum, end.reward, end.kl) is not None  # or beyond the optimum's curve
             yield cells(f"{method.name}, {with_beta(end.setting)}", str(seeds), f"{end.reward:.3f} ± {method.error:.3f}", kl,
-                        scale.share(end.reward, end.kl), f"{efficiency(end):.0f}%")
+                        scale.share(end.reward, end.kl), f"{efficiency(end):.0f}%" if known else "")
     yield "DPO − PPO | " + " | ".join(lead(dpo, ppo, kl)[0] for kl in (1, 2, 3)) + " |"
     yield "DPO | " + " | ".join(f"{interpolated(dpo, kl)} ({share_at(dpo, kl)})" for kl in (1, 2, 3)) + " |"
     yield "PPO | " + " | ".join(f"{interpolated(ppo, kl)} ({share_at(ppo, kl)})" for kl in (1, 2, 3)) + " |"
@@ -326,6 +329,23 @@ def reviews_best():
             drawn = f"{one['responses']:,}" if "responses" in one else ""
             yield cells(one["setting"], drawn, f"{one['reward']:.3f}", f"{one['kl']:.2f}", f"{one['share']:.0%}",
                         f"{one['kl_efficiency']:.0%}")
+
+
+def reviews_parts():
+    """What a baseline and clipping buy: the tables that the command makes of the rows."""
+    noise, runs = read("reviews/ablation/variance.jsonl"), read("reviews/ablation/results.jsonl")
+    text = ablation.markdown(noise, runs)
+    assert text == (RESULTS / "reviews/ablation/table.md").read_text(encoding="utf-8")
+    yield from (line for line in text.splitlines() if line.startswith("|"))
+    of = {(one["policy"], one["baseline"]): one for one in noise}
+    for policy in "SFT", "after 100 updates":
+        yield f"{of[policy, 'leave-one-out']['ratio']:.2f} ± {of[policy, 'leave-one-out']['ratio_se']:.2f}"
+        yield f"explains {of[policy, 'none']['explained_variance']:.0%}"
+    trained = of["after 100 updates", "none"]
+    for one in of["SFT", "none, scores + 5"], trained:
+        yield f"{one['ratio']:.2f} ± {one['ratio_se']:.2f} times"
+    yield f"1 + (mean/std)² = {1 + (trained['return_mean'] / trained['return_std']) ** 2:.1f}"
+    yield f"SFT policy's regret is {ablation.of_sft(runs):.2f} nats"
 
 
 def imdb():
@@ -723,8 +743,10 @@ def readme():
     yield f"[{reviews_scale().share(ten.reward, ten.kl)} of the optimum]"
     more, clean = (points_above(dpo, why[name].ends[0]) for name in ("DPO, 10x pairs", "DPO, noise-free labels"))
     yield f"ten times the pairs are worth {more:.0f} points of the optimum to DPO, labels without noise {clean:.0f}"
-    assert all(abs(lead(dpo, methods["PPO"], kl)[1]) < 1.5 for kl in (1, 2))
-    yield f"not on `reviews`: level with it at 1 and 2 nats, {lead(methods['PPO'], dpo, 4)[0].removeprefix('+')} below it at 4"
+    best = methods_of("reviews/frontier-best/results.jsonl")
+    one, two = (lead(best["PPO"], best["DPO"], kl)[0].removeprefix("+") for kl in (1, 2))
+    yield f"each at its best, {one} below it at 1 nat and {two} at 2"
+    yield f"PPO has {share_at(best['PPO'], 2)} of the optimum at 2 nats, not {share_at(methods['PPO'], 2)}"
     yield f"no: {lead(methods['PPO-GT'], dpo, 4)[0].removeprefix('+')} below it at 4 nats"
     yield f"at T = 1 their summaries win {win_rate_of('posts', 'DPO', 1.0)} and {win_rate_of('posts', 'PPO', 1.0)}"
     greedy = [row("posts/winrate/results.jsonl", method=method, temperature=0.0, n=1) for method in ("DPO", "PPO")]
@@ -872,6 +894,7 @@ CLAIMS = {
     "README.md": readme,
     "results/reviews/README.md": reviews,
     "results/reviews/frontier-best/README.md": reviews_best,
+    "results/reviews/ablation/README.md": reviews_parts,
     "results/imdb/README.md": imdb,
     "results/posts/README.md": posts,
     "results/tldr/README.md": tldr,
