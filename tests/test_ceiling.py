@@ -2,6 +2,7 @@
 import json
 import math
 import random
+import shutil
 
 import pytest
 import torch
@@ -63,7 +64,8 @@ def test_a_small_run(small_reviews, sft_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data.reviews, "TASK", smaller(data.reviews.TASK, pair_prompts=40, pair_samples=4, bank_prompts=4,
                                                       bank_samples=64))
     monkeypatch.setattr(ceiling, "KLS", (0.2, 2.0))
-    ceiling.main(Config(sft=str(sft_run), seeds=2, out=str(tmp_path)))
+    shutil.copytree(sft_run, tmp_path / "runs/sft")  # its neighbours, pairs and bank, are another size's
+    ceiling.main(Config(sft=str(tmp_path / "runs/sft"), seeds=2, out=str(tmp_path)))
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [(row["seed"], row["model"]) for row in rows] == [
         (seed, name) for seed in range(2) for name in ("the labels' own", "network, one pass", "network", "bigrams")]

@@ -604,7 +604,7 @@ def test_a_nan_stops_the_run_and_spares_the_checkpoint(stage, root, work, tmp_pa
         nonlocal calls
         result = original(*inputs, **keywords)
         calls += 1
-        if calls <= 6:
+        if calls <= (11 if stage == "vargrad" else 6):  # from its second update on it has two batches
             return result
         saved.update({path.name: path.read_bytes() for path in folder.glob("*.pt")})
         return tuple(x * float("nan") for x in result) if isinstance(result, tuple) else result * float("nan")

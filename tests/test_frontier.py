@@ -430,7 +430,7 @@ def test_every_method_starts_from_the_policy_that_is_named():
     ("--dataset nope", "--dataset nope: there is no data/nope"),
     ("--print --workers 2", "--workers: not with --print, which runs nothing"),
     ("--preset gpu", "--preset gpu: data/reviews has no such preset"), ("--grid nope.json", "nope.json: no such file"),
-    ("--grid nope", "--grid nope: expected paper, why, ablation or FILE.json"), ("--grid why.json", "--grid why.json: expected"),
+    ("--grid nope", "--grid nope: expected paper, why, ablation, best or FILE.json"), ("--grid why.json", "--grid why.json: expected"),
     ("--draw run --print", "--draw: not with --print"), ("--draw run", "--draw run: no finished run there (no model.pt)"),
     ("--out afile/output", "afile/output: cannot be written (")])
 def test_a_mistake_is_one_line_before_anything_is_built(flags, line, root, tmp_path):
