@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 import evaluate
 from common import pipeline, tasks
-from common.processes import add_gradients, mine, share
+from common.processes import WORLD, add_gradients, mine, share
 from common.rewards import Reward
 from common.run import Run
 from common.settings import (parse, require, require_numbers, require_processes, run_folder,
@@ -108,6 +108,8 @@ class Config:
         require(self.samples > 1, "--samples: a variance needs 2 responses or more to a prompt")
         require(self.batch_size % self.samples == 0,
                 f"--batch-size {self.batch_size}: must be a multiple of --samples {self.samples}")
+        require(self.batch_size // self.samples >= WORLD,
+                f"--samples {self.samples}: a batch has fewer prompts than there are processes")
         require(self.reward == "model" or not self.prompts, "--prompts: needs --reward model")
         require(self.reward == "model" or not self.pairs_seed, "--pairs-seed: needs --reward model")
         name = {"model": "vargrad", "gold": "vargrad-gt"}.get(self.reward, "vargrad")
@@ -241,7 +243,7 @@ def train(config: Config) -> Path:
             for _ in range(config.replay if step else 0)
         ]
         longest = memory.lengths.view(-1, K).amax(1)  # of each group
-        metrics, losses_of_update = Mean(), []
+        losses_of_update = []
         for groups in steps_of_update:
             rows_of_step = group_rows(groups, K)
             tokens_of_step = (memory.lengths - memory.prompt_lengths)[rows_of_step].sum()
