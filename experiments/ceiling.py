@@ -7,7 +7,7 @@ The bank's responses, weighed by exp(score / beta), give that policy's gold rewa
 that does everything right ends there: what lies between it and the optimum of the gold reward, the
 pairs and the reward model have lost.
 
-    python experiments/ceiling.py                # `reviews`: some 6 minutes of one core
+    python experiments/ceiling.py                # `reviews`: some 10 minutes of one core
 
 Three reward models of the same pairs, for three draws of the pairs: a single pass at half the
 learning rate, reward_model.py as it is, and Bradley-Terry on counts of words and of neighbouring
