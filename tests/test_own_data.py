@@ -346,7 +346,7 @@ def clone_scores(qa, bank) -> torch.Tensor:
     return torch.tensor(scores).view(len(bank), -1)
 
 
-@pytest.mark.parametrize("script", ["ppo", "reinforce"])
+@pytest.mark.parametrize("script", ["ppo", "reinforce", "vargrad"])
 @pytest.mark.parametrize("dataset", ["qa", "reviews"])
 def test_the_table_is_of_their_reward(script, dataset, root, qa, capsys):
     """On a folder of theirs and on a built-in task: SFT, best of n and the optimum of a reward of another unit, against sums over
