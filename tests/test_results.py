@@ -311,6 +311,14 @@ def reviews_best():
     before = methods_of("reviews/frontier/results.jsonl")["PPO"]
     yield f"{share_at(before, 2)} at 2 nats"
 
+    # ---- labels without noise
+    clean = methods_of("reviews/frontier-why/results.jsonl")["DPO, noise-free labels"]
+    end, = clean.ends
+    yield (f"DPO on such labels has {end.reward:.3f} ± {clean.error:.3f} at {end.kl:.2f} nats, "
+           f"{scale.share(end.reward, end.kl)} of the optimum")
+    run = evaluation("reviews/ppo-labels-argmax-seed0")
+    assert run["table"][run["name"]]["reward"] > end.reward + 0.04 and abs(run["table"][run["name"]]["kl"] - end.kl) < 0.1
+
     # ---- the reward models
     for name in dict.fromkeys(column(read("reviews/ceiling/results.jsonl"), "model")):
         own = rows("reviews/ceiling/results.jsonl", model=name)
