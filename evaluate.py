@@ -275,14 +275,15 @@ def table_row(kind: str, reward: torch.Tensor | None, kl: torch.Tensor, length: 
 
 
 def policy_row(sampled: PolicySamples, bank: Bank | None = None,
-               own_beta: float | None = None) -> dict:
-    """The row of a policy, from its samples; with its regret at its own beta, if that is known."""
+               end_beta: float | None = None) -> dict:
+    """The row of a policy, from its samples; with its regret, if the beta at which it must end is
+    known."""
     rewards = None if sampled.rewards is None else sampled.rewards.mean(1)
     kl, length = sampled.kl.mean(1), sampled.lengths.float().mean(1)
-    if not own_beta:
+    if not end_beta:
         return table_row("policy", rewards, kl, length)
-    row = table_row("policy", rewards, kl, length, regret(bank.rewards, rewards, kl, own_beta))
-    return row | {"beta": own_beta, "kl_to_optimum": row["regret"] / own_beta}
+    row = table_row("policy", rewards, kl, length, regret(bank.rewards, rewards, kl, end_beta))
+    return row | {"beta": end_beta, "kl_to_optimum": row["regret"] / end_beta}
 
 
 def bank_row(kind: str, bank: Bank, weights: torch.Tensor, kl: torch.Tensor) -> dict:
@@ -344,9 +345,8 @@ def summary(bank: Bank,
         if gain < 3 * math.hypot(rows["SFT"]["reward_se"], row["reward_se"]):
             row["share"] = None
         if row["kind"] == "policy":
-            known = row["share"] is not None
-            row["kl_efficiency"] = (kl_efficiency(curve, row["reward"], row["kl"])
-                                    if known else None)
+            efficiency = kl_efficiency(curve, row["reward"], row["kl"])
+            row["kl_efficiency"] = None if row["share"] is None else efficiency
     return rows
 
 

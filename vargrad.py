@@ -162,6 +162,11 @@ class Memory(nn.Module):
         return tokens, self.prompt_lengths[rows].long(), lengths
 
 
+def group_rows(groups: torch.Tensor, samples: int) -> torch.Tensor:
+    """The rows of some groups, (len(groups) samples,): those of a group are neighbours."""
+    return (groups[:, None] * samples + torch.arange(samples, device=groups.device)).flatten()
+
+
 def train(config: Config) -> Path:
     """Build what is missing, train, evaluate, and return the run folder."""
     # ---- 1) the reference policy, the reward, the prompts ----------------------------------------
@@ -235,7 +240,7 @@ def train(config: Config) -> Path:
         memory.write(step * B, samples, scores, ref_logprobs)
 
         # 3c) a step on the new batch, then steps on groups from all that is remembered: the loss is
-        # 0 at the optimum whatever policy drew them
+        # 0 at the optimum whatever policy drew them. The first update has nothing earlier.
         fresh = torch.arange(step * G, (step + 1) * G, device=device())  # numbers of groups
         draw = generator(config.seed, "replay", step)
         steps_of_update = [fresh] + [
@@ -310,11 +315,6 @@ def train(config: Config) -> Path:
     report.show()
     print(f"\nfigure, log, samples and model  ->  {run.folder}")
     return run.folder
-
-
-def group_rows(groups: torch.Tensor, samples: int) -> torch.Tensor:
-    """The rows of some groups, (len(groups) samples,): those of a group are neighbours."""
-    return (groups[:, None] * samples + torch.arange(samples, device=groups.device)).flatten()
 
 
 def built_from(start: pipeline.Start, reward: Reward) -> dict[str, str]:

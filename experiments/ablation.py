@@ -53,7 +53,7 @@ from common.run import check_folder, load_run
 from common.settings import (changed, parse, require, require_numbers, run_folder, settings, typed)
 from common.statistics import mean_se
 from common.training import Device, adamw, device, generator, set_lr, use_device
-from experiments.frontier import number
+from experiments.frontier import as_table, number
 from experiments.grids import Method, plan_run
 from experiments.sweep import STOPPED, PlannedRun, finished_log, run_all, with_sources
 from model import GPT, ScalarModel, generate, response_logprobs, response_mask
@@ -291,29 +291,24 @@ def sizes_of(rows: list[dict]) -> list[str]:
     return list(dict.fromkeys(row["setting"] for row in rows if row["method"] in STEPS))
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
 def markdown(noise: list[dict], runs: list[dict]) -> str:
     """Three tables; in the first, how many responses make the noise as small as the gradient."""
     lines = [[row["policy"], row["baseline"]] +
              [number(row[name], row[f"{name}_se"], form) for name, form in
               (("variance", ".0f"), ("ratio", ".2f"), ("responses", ".0f"))] for row in noise]
-    text = table(["policy", "baseline", "variance", "over the constant's",
-                  "responses for noise = gradient"], lines)
+    text = as_table([["policy", "baseline", "variance", "over the constant's",
+                      "responses for noise = gradient"], *lines])
 
     lines = [[method] + [number(*(x[-1] for x in over_seeds(runs, method, "x1", name)), form)
                          for name, form in (("regret", ".2f"), ("reward", ".3f"), ("kl", ".2f"))]
              for method in BASELINES]
-    text += "\n" + table(["baseline", "regret, nats", "gold reward", "KL, nats"], lines)
+    text += "\n" + as_table([["baseline", "regret, nats", "gold reward", "KL, nats"], *lines])
 
     sizes = sizes_of(runs)
     for name, title in (("end", "regret at the end, nats"), ("largest_rise", "its largest rise")):
         lines = [[method] + [number(*over_seeds(runs, method, size, name), ".1f") for size in sizes]
                  for method in STEPS]
-        text += "\n" + table([title, *sizes], lines)
+        text += "\n" + as_table([[title, *sizes], *lines])
     return text + f"\nThe SFT policy's regret is {of_sft(runs):.2f} nats.\n"
 
 

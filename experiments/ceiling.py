@@ -29,8 +29,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, for th
 
 import common  # noqa: F401  first, so that Ctrl-C while torch is imported is one line, too
 
-import math
-
 import torch
 import torch.nn.functional as F
 
@@ -41,7 +39,8 @@ from common.files import atomic_write, check_writable, write_jsonl
 from common.pairs import Pair
 from common.settings import parse, require_numbers, runs_folder, settings
 from common.statistics import mean_se
-from common.training import Device
+from common.training import Device, Dtype
+from experiments.frontier import as_table, in_nats, number
 
 KLS = (1.0, 2.0, 3.0)  # nats
 RARE = 3  # a word or bigram that is in fewer responses is not counted
@@ -54,7 +53,7 @@ class Config:
     preset: str = "cpu"  # Kind of machine that the task's sizes are meant for.
     sft: str = ""  # Run folder of the SFT policy, if not runs/<dataset>/sft.
     seeds: int = 3  # Draws of the pairs, over which standard errors are computed.
-    dtype: str = "float32"  # Number format of matrix products.
+    dtype: Dtype = "auto"  # Number format of matrix products; auto = bfloat16 on CUDA.
     device: Device = "auto"  # Where it is computed; auto = CUDA where there is one, else the CPU.
     out: str = ""  # Folder of the experiment, if not ceiling beside the SFT policy.
 
@@ -139,7 +138,8 @@ def main(config: Config) -> None:
     rows = []
     for seed in range(config.seeds):
         shared = dict(dataset=config.dataset, preset=config.preset, sft=config.sft,
-                      dtype=config.dtype, device=config.device, pairs_seed=seed, seed=seed)
+                      dtype=config.dtype, device=config.device, pairs_seed=seed, seed=seed,
+                      resume=True)
         usual = reward_model.Config(**shared)
         start = pipeline.start(usual)
         bank = start.bank
@@ -153,7 +153,6 @@ def main(config: Config) -> None:
         texts = [text for responses in bank.responses for text in responses]
         scores = {"the labels' own": task.label_scale * gold}
         for name, run in folders.items():
-            run.resume = True
             model = rewards.learned_reward(pipeline.stage(run), start.task,
                                            start.ref.config.block_size, config.dtype)
             # not scaled: their differences are log-odds
@@ -190,22 +189,17 @@ def main(config: Config) -> None:
 
 def table(rows: list[dict]) -> str:
     """A line for each model: means over the draws of the pairs, with standard errors."""
-    text = "| | accuracy | loss | " + " | ".join(f"at {kl:g} nats" for kl in KLS) + " |\n"
-    text += "|---" * (3 + len(KLS)) + "|\n"
+    lines = [["", "accuracy, %", "loss", *(f"at {in_nats(kl)}" for kl in KLS)]]
     for name in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == name]
-        cells = []
-        for key, form, unit in (("accuracy", ".1%", 100), ("loss", ".3f", 1)):
-            mean, se = mean_se([row[key] for row in own])
-            error = "" if math.isnan(se) else f" ± {unit * se:{'.1f' if unit == 100 else '.3f'}}"
-            cells.append(f"{mean:{form}}{error}")
+        cells = [number(*mean_se([100 * row["accuracy"] for row in own]), ".1f"),
+                 number(*mean_se([row["loss"] for row in own]), ".3f")]
         for kl in KLS:
-            reward, se = mean_se([row[f"reward_at_{kl:g}"] for row in own])
-            share = mean_se([row[f"share_at_{kl:g}"] for row in own])[0]
-            error = "" if math.isnan(se) else f" ± {se:.3f}"
-            cells.append(f"{reward:.3f}{error} ({share:.0%})")
-        text += "| " + " | ".join([name, *cells]) + " |\n"
-    return text
+            reward = number(*mean_se([row[f"reward_at_{kl:g}"] for row in own]), ".3f")
+            share, _ = mean_se([row[f"share_at_{kl:g}"] for row in own])
+            cells.append(f"{reward} ({share:.0%})")
+        lines.append([name, *cells])
+    return as_table(lines)
 
 
 if __name__ == "__main__":

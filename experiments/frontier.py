@@ -417,11 +417,11 @@ def draw_bounds(axis, scale: Scale, limit: float) -> None:
 
 def draw_method(axis, method: Method, color: str) -> None:
     """Every evaluation as a dot, the settings' ends as markers with their errors, and the line
-    between them that mixtures reach."""
+    between them that mixtures reach; nothing is read below the first of them."""
     axis.plot([row["kl"] for row in method.rows], [row["reward"] for row in method.rows], ".",
               color=color, markersize=3, alpha=0.25)
     if len(method.ends) > 1:
-        axis.plot([end.kl for end in method.hull], [end.reward for end in method.hull],
+        axis.plot([end.kl for end in method.hull[1:]], [end.reward for end in method.hull[1:]],
                   color=color, linewidth=1.4)
     axis.errorbar([end.kl for end in method.ends], [end.reward for end in method.ends],
                   method.error, fmt="s", color=color, markersize=6, markeredgecolor="black",

@@ -77,4 +77,4 @@ def test_a_small_run(small_reviews, sft_run, tmp_path, monkeypatch, capsys):
     assert rows[1]["accuracy"] != rows[5]["accuracy"]
     table = (tmp_path / "table.md").read_text()
     assert table in capsys.readouterr().out
-    assert f"| bigrams | {(rows[3]['accuracy'] + rows[7]['accuracy']) / 2:.1%} ± " in table
+    assert f"| bigrams | {50 * (rows[3]['accuracy'] + rows[7]['accuracy']):.1f} ± " in table

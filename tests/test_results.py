@@ -21,7 +21,7 @@ import pytest
 
 import evaluate
 from common.statistics import mean_se
-from experiments import ablation, frontier, scaling, winrate
+from experiments import ablation, ceiling, frontier, scaling, winrate
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -320,13 +320,9 @@ def reviews_best():
     assert run["table"][run["name"]]["reward"] > end.reward + 0.04 and abs(run["table"][run["name"]]["kl"] - end.kl) < 0.1
 
     # ---- the reward models
-    for name in dict.fromkeys(column(read("reviews/ceiling/results.jsonl"), "model")):
-        own = rows("reviews/ceiling/results.jsonl", model=name)
-        assert len(own) == 3
-        accuracy = [100 * value for value in column(own, "accuracy")]
-        yield cells(name, f"{pm(accuracy, '.1f')}%", pm(column(own, "loss"), ".3f"),
-                    [f"{pm(column(own, f'reward_at_{kl}'), '.3f')} ({statistics.mean(column(own, f'share_at_{kl}')):.0%})"
-                     for kl in (1, 2, 3)])
+    table = ceiling.table(read("reviews/ceiling/results.jsonl"))
+    assert table == (RESULTS / "reviews/ceiling/table.md").read_text(encoding="utf-8")
+    yield from table.splitlines()
 
     # ---- the short runs
     for one in read("reviews/tuning/results.jsonl"):
