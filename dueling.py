@@ -28,7 +28,7 @@ With Bradley-Terry's P = sigmoid(r_i - r_j) all three are the arm with the highe
     lower bound          no consistent algorithm is below c log T for ever (Komiyama et al. 2015)
 
     python dueling.py    # 8 arms with a Condorcet winner and 5 without, 20 runs of 30,000
-                         # comparisons each; half a minute
+                         # comparisons each; 20 s
 
 Writes  runs/dueling/ : results.jsonl, figure.png
 
@@ -260,8 +260,8 @@ def main(config: Config) -> None:
     """What a click says of the lecture's lists; then the bandits: write, draw and print."""
     check_writable(config.out)
     T = config.horizon
-    problems = {"Bradley-Terry": bradley_terry_arms(config.arms, np.random.default_rng(config.seed)),
-                "no Condorcet winner": UPSET}
+    arms = bradley_terry_arms(config.arms, np.random.default_rng(config.seed))
+    problems = {"Bradley-Terry": arms, "no Condorcet winner": UPSET}
     rows = clicks_on_the_lecture()
     curves = {}
     for problem, P in problems.items():
@@ -273,7 +273,7 @@ def main(config: Config) -> None:
                 mean, error = mean_se(regret[:, step - 1])
                 rows.append({"problem": problem, "bandit": name, "step": step, "regret": mean,
                              "regret_se": error})
-    bound = regret_bound(problems["Bradley-Terry"])
+    bound = regret_bound(arms)
     slopes = {}  # over the last decade
     for name in ("RUCB", "double Thompson"):
         regret = curves["Bradley-Terry", name].mean(0)
@@ -297,9 +297,9 @@ def main(config: Config) -> None:
             print(f"  {name:28}" + "".join(f"{cell:>16}" for cell in cells))
         if problem == "Bradley-Terry":
             print(f"From {T // 10} to {T} comparisons RUCB's regret grows like "
-                  f"{slopes['RUCB']:.1f} log T, double Thompson's\nlike "
-                  f"{slopes['double Thompson']:.1f} log T; in the long run no algorithm does better "
-                  f"than {bound:.1f} log T\n(Komiyama et al. 2015).")
+                  f"{slopes['RUCB']:.1f} log T, double Thompson's like\n"
+                  f"{slopes['double Thompson']:.1f} log T; in the long run no algorithm does "
+                  f"better than {bound:.1f} log T (Komiyama et al. 2015).")
     print(f"\nrows and figure  ->  {config.out}", flush=True)
 
 

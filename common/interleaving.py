@@ -45,7 +45,7 @@ class Shown(NamedTuple):
 
 
 def interleave(method: str, a: Sequence[int], b: Sequence[int]) -> Shown:
-    """The lists that a method may show for two rankings, the best first, of the items 0 .. n - 1."""
+    """The lists that a method may show for two rankings of the items 0 .. n - 1, the best first."""
     a, b = list(a), list(b)
     teams = None
     if method == "balanced":
@@ -143,6 +143,8 @@ def fair_probabilities(credit: np.ndarray) -> np.ndarray:
     Args:
         credit: (L, n) of the item at each place of each list.
     """
+    if not credit.any():  # the rankings are the same, so there is one list
+        return np.full(len(credit), 1 / len(credit))
     basis, size, _ = np.linalg.svd(credit, full_matrices=False)
     basis = basis[:, size > 1e-9]  # (L, <= n - 1): a list's credits sum to 0
 
@@ -196,7 +198,7 @@ def probabilistic_score(clicks: np.ndarray, rank_a: np.ndarray, rank_b: np.ndarr
     return lead[:, n + 1:].sum(1) - lead[:, :n].sum(1)
 
 
-# ---- somebody who clicks without looking -----------------------------------------------------------
+# ---- somebody who clicks without looking ---------------------------------------------------------
 
 def one_click(method: str, a: Sequence[int], b: Sequence[int]) -> tuple[Shown, np.ndarray]:
     """The lists, and the score (L, n) of a single click at each place of them."""
