@@ -146,6 +146,57 @@ def test_rucb_grows_like_the_logarithm():
     assert mean[-1] - mean[T // 2 - 1] < COST.mean() * T / 2 / 50
 
 
+def double_thompson_by_the_paper(P, T, rng):
+    """Wu and Liu 2016, Algorithm 1, with its loops, for one run; i and j are as there."""
+    K, gap = len(P), dueling.gaps(P)
+    B = np.zeros((K, K))  # how often i beat j
+    regret = []
+    for t in range(1, T + 1):
+        u, l = np.full((K, K), 0.5), np.full((K, K), 0.5)
+        for i in range(K):
+            for j in range(K):
+                n = B[i, j] + B[j, i]
+                if i != j:
+                    width = math.sqrt(0.51 * math.log(t) / n) if n else math.inf
+                    u[i, j] = B[i, j] / n + width if n else 1
+                    l[i, j] = B[i, j] / n - width if n else 0
+        # phase 1: the first candidate
+        upper_score = [sum(u[i, j] > 0.5 for j in range(K) if j != i) / (K - 1) for i in range(K)]
+        theta = np.zeros((K, K))
+        for i in range(K):
+            for j in range(i + 1, K):
+                theta[i, j] = rng.beta(B[i, j] + 1, B[j, i] + 1)
+                theta[j, i] = 1 - theta[i, j]
+        best = {}
+        for i in range(K):
+            tie = rng.random()
+            if upper_score[i] == max(upper_score):
+                best[i] = sum(theta[i, j] > 0.5 for j in range(K) if j != i) + tie
+        first = max(best, key=best.get)
+        # phase 2: the second candidate
+        rivals = {}
+        for i in range(K):
+            drawn = rng.beta(B[i, first] + 1, B[first, i] + 1)
+            if l[i, first] <= 0.5:
+                rivals[i] = 0.5 if i == first else drawn
+        second = max(rivals, key=rivals.get)
+        # compare
+        if rng.random() < P[first, second]:
+            B[first, second] += 1
+        else:
+            B[second, first] += 1
+        regret.append((gap[first] + gap[second]) / 2)
+    return np.cumsum(regret)
+
+
+@pytest.mark.parametrize("P", [UPSET, EASY, DISAGREE], ids=["upset", "easy", "disagree"])
+def test_double_thompson_is_the_papers_algorithm(P):
+    """The same random numbers in the same order give the same run."""
+    for seed in range(3):
+        near(dueling.double_thompson(P, 400, 1, rng(seed))[0],
+             double_thompson_by_the_paper(P, 400, rng(seed)))
+
+
 def test_the_first_step_of_double_thompson_by_hand():
     """Nothing is known, so the first arm is any of the four. The second has the largest of three
     uniform draws, or is the first again, if all are below 1/2: 1/8. Otherwise it is any other."""

@@ -539,17 +539,85 @@ def bt():
 
 
 def dueling():
-    def regret(bandit, step):
-        one = row("dueling/results.jsonl", bandit=bandit, step=step)
+    path = "dueling/results.jsonl"
+
+    def regret(problem, bandit, step):
+        one = row(path, problem=problem, bandit=bandit, step=step)
         return f"{one['regret']:.0f} ± {one['regret_se']:.0f}"
 
-    for bandit in ("uniform", "interleaved filter", "RUCB"):
-        yield cells(bandit, [regret(bandit, step) for step in (300, 3000, 30000)])
-    uniform = row("dueling/results.jsonl", bandit="uniform", step=30000)["regret"]
-    yield f"After 30,000 comparisons RUCB's regret is {regret('RUCB', 30000)}, that of random pairs (uniform) {uniform:,.0f}"
-    slope = next(one for one in read("dueling/results.jsonl") if "slope" in one)
-    yield (f"RUCB's regret grows as {slope['slope']:.1f} log T; in the long run no algorithm does better than "
-           f"{slope['bound']:.1f} log T")
+    for problem in ("Bradley-Terry", "no Condorcet winner"):
+        for bandit in ("uniform", "interleaved filter", "RUCB", "double Thompson"):
+            yield cells(bandit, [regret(problem, bandit, step) for step in (300, 3000, 30000)])
+    ends = [row(path, problem="Bradley-Terry", bandit=bandit, step=30000)["regret"] for bandit in ("uniform", "RUCB")]
+    yield (f"After 30,000 comparisons the regret of double Thompson sampling is {regret('Bradley-Terry', 'double Thompson', 30000)}, "
+           f"RUCB's {ends[1]:.0f}, that of random pairs (uniform) {ends[0]:,.0f}")
+    slope = {one["bandit"]: one for one in read(path) if "slope" in one}
+    yield (f"From T = 3,000 to 30,000 comparisons RUCB's regret grows as {slope['RUCB']['slope']:.1f} log T, that of double Thompson "
+           f"sampling as {slope['double Thompson']['slope']:.1f} log T; in the long run no algorithm does better than "
+           f"{slope['RUCB']['bound']:.1f} log T")
+    lost = [row(path, problem="no Condorcet winner", bandit=bandit, step=30000)["regret"] for bandit in ("RUCB", "uniform")]
+    yield f"RUCB pays {lost[0] / lost[1]:.0%} of what random pairs pay"
+    for method in ("balanced", "team-draft", "probabilistic", "optimised"):
+        one = row(path, method=method)
+        yield cells(method, [f"{one[key]:.3f}" for key in ("a_wins", "b_wins", "ties")],
+                    [signed(round(credit, 9), ".2f") if abs(credit) > 1e-9 else "0" for credit in one["credit"].values()])
+    yield from clicks()
+
+
+def clicks():
+    """The part of the page about users who click."""
+    path = "dueling/clicks/results.jsonl"
+    sizes = (10, 30, 100, 300, 1000, 3000, 10000)
+    interleaved = ("balanced", "team-draft", "probabilistic", "optimised")
+    ab = ("A/B, reciprocal rank", "A/B, first result", "A/B, clicks")
+
+    def own(user, method, name):
+        found = column(rows(path, user=user, method=method), name)
+        assert len(found) == 10
+        return found
+
+    def geometric(values):
+        return math.exp(statistics.mean(map(math.log, values)))
+
+    def needed(user, method):
+        found = own(user, method, "needed")
+        assert all(found) or not any(found)
+        return f"{geometric(found):.0f}" if all(found) else "never"
+
+    def times(user, method, other="A/B, reciprocal rank"):
+        """How many times as many impressions the other method needs."""
+        ratios = [b / a for a, b in zip(own(user, method, "needed"), own(user, other, "needed"))]
+        mean, error = mean_se([math.log(ratio) for ratio in ratios])
+        return f"{math.exp(mean):.1f} (95% interval {math.exp(mean - 1.96 * error):.1f} to {math.exp(mean + 1.96 * error):.1f})"
+
+    def share(user, method, n):
+        return pm([100 * value for value in own(user, method, f"right_{n}")], ".1f", "% ± ")
+
+    for method in (*interleaved, *ab):
+        yield cells(method, [share("navigational", method, n) for n in sizes])
+    for method in (*interleaved, *ab):
+        yield cells(method, [needed(user, method) for user in ("navigational", "informational", "leaves anyway", "never leaves")])
+    yield f"team-draft needs {needed('navigational', 'team-draft')} impressions"
+    yield f"an A/B test on the reciprocal rank {times('navigational', 'team-draft')} times as many"
+    yield f"{times('informational', 'team-draft')} times with the informational user"
+    yield f"names the worse ranker in {statistics.mean(100 - 100 * x for x in own('navigational', 'A/B, clicks', 'right_10000')):.0f}%"
+    yield f"the factor is {times('leaves anyway', 'team-draft')} where users leave anyway"
+    yield f"{times('never leaves', 'team-draft')} where they never leave"
+    yield f"{times('leaves anyway', 'team-draft', 'A/B, clicks')} times as many"
+    yield f"{share('never leaves', 'A/B, clicks', 10000)} of its experiments are right"
+
+    def size(method):
+        return pm(own("random", method, "absolute_score"), ".4f")
+
+    yield (f"the mean score of a pair is {size('balanced')} in size for balanced interleaving, and {size('team-draft')} for "
+           f"team-draft, {size('probabilistic')} for probabilistic and {size('optimised')} for optimised")
+
+    for bandit in ("uniform", "interleaved filter", "RUCB", "double Thompson"):
+        found = [row(path, bandit=bandit, step=step) for step in (100, 1000, 10000)]
+        yield cells(bandit, [f"{one['regret']:.1f} ± {one['regret_se']:.1f}" for one in found])
+    preference = next(one["preference"] for one in read(path) if "preference" in one)
+    assert min(preference[0][1:]) == preference[0][1] > 0.5  # the best ranker is the Condorcet winner
+    yield f"it beats the second best with {preference[0][1]:.3f} and the worst with {preference[0][5]:.3f}"
 
 
 def preference_rl():
