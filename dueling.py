@@ -23,8 +23,9 @@ With Bradley-Terry's P = sigmoid(r_i - r_j) all three are the arm with the highe
     uniform              two arms at random: regret grows like T
     interleaved filter   a candidate meets all others until they are surely worse (Yue et al. 2012)
     RUCB                 relative upper confidence bound (Zoghi et al. 2014): regret like log T
-    double Thompson      each arm is the best of a P drawn at random from what is believed (Wu and
-                         Liu 2016): regret like log T, and no Condorcet winner is needed
+    double Thompson      the most victories in a P drawn from what is believed, against the arm that
+                         beats it most in another (Wu and Liu 2016): regret like log T, and no
+                         Condorcet winner is needed
     lower bound          no consistent algorithm is below c log T for ever (Komiyama et al. 2015)
 
     python dueling.py    # 8 arms with a Condorcet winner and 5 without, 20 runs of 30,000

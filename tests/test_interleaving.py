@@ -239,8 +239,12 @@ HALF, THIRD, SIXTH, QUARTER = 1 / 2, 1 / 3, 1 / 6, 1 / 4
     ("probabilistic", "abc", "abc", (HALF, HALF, 0)), ("optimised", "abc", "abc", (0, 0, 1)),
     ("balanced", ["x"], ["x"], (0, 0, 1)), ("team-draft", ["x"], ["x"], (HALF, HALF, 0))])
 def test_a_random_click_by_hand(method, a, b, expected):
-    near(random_click(method, a, b), expected)
+    a_wins, b_wins, ties = random_click(method, a, b)
+    near((a_wins, b_wins, ties), expected)
     assert dueling.random_click is random_click
+    if method in ("balanced", "team-draft"):  # the mean score is twice Delta
+        shown, scores = one_click(method, range(len(a)), [list(a).index(item) for item in b])
+        near(shown.probability @ scores.mean(1), 2 * (a_wins + ties / 2 - 1 / 2))
 
 
 def test_a_random_click_on_longer_lists():
