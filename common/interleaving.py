@@ -15,8 +15,10 @@
                     score = sum over clicks of 1 / rank in A - 1 / rank in B
 
 A score above 0 speaks for A. Over many impressions the mean score of balanced and team-draft is
-twice Delta = (A's wins + ties / 2) / impressions - 1/2 of Chapelle et al. 2012. Rankings are complete: both have the same n items, and all are shown.
-Every list that may be shown is written out, with its probability: nothing here is random.
+twice Delta = (A's wins + ties / 2) / impressions - 1/2 of Chapelle et al. 2012.
+
+Rankings are complete: both have the same n items, and all are shown. Every list that may be shown
+is written out, with its probability: nothing here is random.
 
 Differs from Radlinski and Craswell: of all fair probabilities they take those that are the most
 sensitive for a model of the users, we the most even ones (largest entropy). NumPy only.
