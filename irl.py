@@ -1,36 +1,38 @@
 """Inverse reinforcement learning: an expert shows what to do; what does it want?
 
     maximise the causal entropy of pi,  subject to  mu(pi) = mu_E           (Ziebart et al. 2010)
-        Q_t(s, a) = r(s, a) + E[V_t+1(s')]       V_t(s) = log sum_a exp Q_t(s, a)
-        pi_t(a | s) = exp(Q_t(s, a) - V_t(s))    r(s, a) = w . phi(s, a)
-    loss(w) = E[V_0(s_0)] - w . mu_E             gradient  mu(pi_w) - mu_E: features are matched
+        Q_t(s, a) = r(s, a) + E[V_t+1(s')]        V_t(s) = log sum_a exp Q_t(s, a)
+        pi_t(a | s) = exp(Q_t(s, a) - V_t(s))     r(s, a) = w . phi(s, a)
+    loss(w) = E[V_0(s_0)] - w . mu_E              gradient  mu(pi_w) - mu_E: features are matched
 
-mu(pi) = E[sum over t < T of phi(s_t, a_t)], mu_E its mean over the demonstrations. Whoever matches
-mu_E is as good as the expert for every reward that is linear in phi, whatever w is: the values
-differ by w . (mu - mu_E) (Abbeel and Ng 2004).
+mu(pi) = E[sum over t < T of phi(s_t, a_t)], and mu_E is its mean over the demonstrations. Who
+matches mu_E is as good as the expert for every reward that is linear in phi, because the values
+differ by w . (mu - mu_E), whatever w is (Abbeel and Ng 2004).
 
-    python irl.py       # who follows when the ice has melted, or a tree bars the way? 1 minute
+    python irl.py       # who can follow when the ice has melted, or a tree bars the way? 1 minute
 
-1) Which rewards explain a policy? Infinitely many: 0, a R + c for a > 0, R + Phi(s') - Phi(s). All
-   those for which no action is better than the policy's own, each a linear inequality in R: a cone
-   (Ng and Russell 2000). What the methods add is a reason to choose one of them.
-2) A walker who wants to reach a hut, and a lake in between, frozen, with holes. On ice a step may
-   slip. Four learners see the same demonstrations:
-       cloning      does in each square what the expert did most often; anything where it was never
-       projection   Abbeel and Ng's: a mixture of policies that matches mu_E
-       max-ent      plans on the reward that the loss above learns: one weight for each kind of ground
-       max-ent, a weight a square      the same, not told that two squares are of the same kind
-   The expert is optimal, or acts by the soft policy of its reward. Then the world changes.
+1) Which rewards explain a policy? All for which no action is better than the policy's own. Each of
+   these is a linear inequality in R, so the rewards are a cone (Ng and Russell 2000, Theorem 3). In
+   it are 0, a R + c with a > 0, and R + Phi(s') - Phi(s): infinitely many. With a horizon, Phi has
+   to be 0 after the last step, or the walker hurries to where Phi is high; and + c changes nothing
+   only because no trajectory can end early.
+2) A walker wants to reach a hut. Before it lies a frozen lake with holes; on ice a step may slip.
+       cloning      does in each square what the expert did most often; anything where it never was
+       projection   a mixture of policies that matches mu_E (Abbeel and Ng 2004, section 3.1)
+       max-ent      plans on the reward that the loss above learns, a weight for each kind of ground
+       max-ent, a weight a square      the same, but it must find out what each square is worth
+   The expert is optimal, or noisy: the soft policy of its reward. Then the world changes.
 
-With two paths of known ends max-ent is Bradley-Terry: P(path 1) = sigmoid(r_1 - r_2), the model of
-bt.py. Among paths that only the actions choose it is P(path) = pi_ref(path) exp(r(path)) / Z with a
-uniform pi_ref, which with r / beta for r is the optimum of RLHF (ppo.py, dpo.py).
+With two paths max-ent is Bradley-Terry: P(path 1) = sigmoid(r_1 - r_2), the model of bt.py. Where
+actions alone choose the path, P(path) = pi_ref(path) exp(r(path)) / Z with a uniform pi_ref, and
+with r / beta for r that is the optimum of RLHF, which ppo.py and dpo.py look for. Where chance
+plays a part, weighing paths like that counts on good luck: hence E[V] above, not log E[exp V].
 
-Differs from the papers: horizons are finite, so that nothing is discounted; a normal prior on w,
-without which an expert that never errs would have infinite weights; Newton's method.
+Differs from the papers: a finite horizon in place of a discount; Newton's method; and a normal
+prior on w, without which the weights of an expert that never errs would be infinite.
 
 Symbols: S states, A actions, d features, T horizon; rewards (S, A), features (S, A, d), transitions
-(S, A, S): P(s' | s, a); policies (T, S, A); start (S,).
+P(s' | s, a) (S, A, S), policies (T, S, A), start (S,) of probabilities.
 
 Writes  runs/irl/ : results.jsonl, figure.png
 """
@@ -45,12 +47,13 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from common import fail
 from common.figures import figure
 from common.files import check_writable, write_jsonl
 from common.settings import parse, require, require_numbers, run_folder, settings
 from common.statistics import mean_se, newton
 
-Plans = list[tuple[float, np.ndarray]]  # (share, rewards (S, A)) of the policies of a mixture
+Mixture = list[tuple[float, np.ndarray]]  # share of each policy, and rewards it is best for
 
 
 @settings
@@ -59,12 +62,10 @@ class Config:
     slip: float = 0.5  # Probability that a step on ice goes in a random direction.
     horizon: int = 20  # Steps of a demonstration.
 
-    # ---- the expert
-    demonstrations: int = 100  # The most that a learner sees.
-    rationality: float = 1.0  # Of the noisy expert: the scale of the true reward in its soft policy.
-
-    # ---- max-ent
-    prior: float = 3.0  # Standard deviation of each weight before any demonstration.
+    # ---- the expert and the learners
+    demonstrations: int = 100  # The most that a learner sees; 1, 3, 10 and 30 are tried, too.
+    rationality: float = 1.0  # Scale of the true reward in the noisy expert's soft policy.
+    prior: float = 3.0  # Standard deviation of each of max-ent's weights before any demonstration.
 
     # ---- the experiment
     seeds: int = 20  # Repetitions, over which errors are computed.
@@ -75,11 +76,11 @@ class Config:
         require_numbers(self, above_0="horizon demonstrations rationality prior seeds",
                         from_0="slip seed")
         require(self.slip <= 1, f"--slip {self.slip}: must be at most 1")
-        for name, most in (("horizon", 1000), ("demonstrations", 10**5), ("rationality", 1000),
-                           ("prior", 1000)):
+        require(5 <= self.horizon <= 200, f"--horizon {self.horizon}: must be from 5 to 200")
+        require(2 <= self.seeds <= 1000, f"--seeds {self.seeds}: must be from 2 to 1000")
+        for name, most in (("demonstrations", 10_000), ("rationality", 100), ("prior", 100)):
             value = getattr(self, name)
             require(value <= most, f"--{name} {value}: must be at most {most}")
-        require(2 <= self.seeds <= 1000, f"--seeds {self.seeds}: must be from 2 to 1000")
         self.out = self.out or run_folder(self, "irl")
 
 
@@ -87,25 +88,26 @@ class Config:
 
 def check(rewards: np.ndarray, transitions: np.ndarray, horizon: int) -> None:
     """Raises ValueError unless these are rewards (S, A), transitions (S, A, S) and a horizon."""
-    if np.ndim(rewards) != 2 or np.shape(transitions) != (*np.shape(rewards), len(rewards)):
+    shape = np.shape(rewards)
+    if len(shape) != 2 or np.shape(transitions) != (*shape, shape[0]):
         raise ValueError("expected rewards (S, A) and transitions (S, A, S), found "
-                         f"{np.shape(rewards)} and {np.shape(transitions)}")
-    if not np.isfinite(rewards).all():
-        raise ValueError("rewards must be finite")
-    if not (np.min(transitions) >= 0 and np.allclose(np.sum(transitions, 2), 1)):
-        raise ValueError("transitions must be >= 0 and of sum 1 over the next states")
-    if horizon != int(horizon) or horizon < 1:
+                         f"{shape} and {np.shape(transitions)}")
+    if not isinstance(horizon, (int, np.integer)) or horizon < 1:
         raise ValueError(f"horizon {horizon}: must be a whole number from 1")
+    if not math.isfinite(float(np.abs(rewards).max()) * horizon):
+        raise ValueError("rewards must be finite, and so must their sum over the horizon")
+    if not (np.min(transitions) >= 0 and np.allclose(np.sum(transitions, 2), 1)):
+        raise ValueError("transitions must be probabilities, of sum 1 over the next states")
 
 
 def soft_values(rewards: np.ndarray, transitions: np.ndarray,
                 horizon: int) -> tuple[np.ndarray, np.ndarray]:
-    """The policy (T, S, A) of maximum causal entropy, and its V_0 (S,): return plus entropy."""
+    """soft_policy, and its V_0 (S,): the expected return plus the entropy of the actions."""
     check(rewards, transitions, horizon)
     policy = np.empty((horizon, *np.shape(rewards)))
     V = np.zeros(len(rewards))  # after the last step
     for t in reversed(range(horizon)):
-        Q = rewards + transitions @ V  # (S, A)
+        Q = rewards + np.matmul(transitions, V)  # (S, A)
         top = Q.max(1, keepdims=True)  # taken out, so that exp cannot overflow
         odds = np.exp(Q - top)
         total = odds.sum(1, keepdims=True)
@@ -115,8 +117,8 @@ def soft_values(rewards: np.ndarray, transitions: np.ndarray,
 
 
 def soft_policy(rewards: np.ndarray, transitions: np.ndarray, horizon: int) -> np.ndarray:
-    """P(action) (horizon, S, A) for rewards (S, A) and transitions (S, A, S), of maximum causal
-    entropy: the soft Bellman equations of the card. Raises ValueError on other shapes."""
+    """P(action) (horizon, S, A) for rewards (S, A) and transitions (S, A, S), by the soft Bellman
+    equations of the card. Raises ValueError for other shapes, and for what is no probability."""
     return soft_values(rewards, transitions, horizon)[0]
 
 
@@ -128,25 +130,24 @@ def best_policy(rewards: np.ndarray, transitions: np.ndarray, horizon: int) -> n
     for t in reversed(range(horizon)):
         Q = rewards + transitions @ V
         V = Q.max(1)
-        best = Q >= V[:, None] - 1e-9 * (1 + np.abs(V).max())
+        best = Q >= V[:, None] - 1e-9 * np.abs(Q).max()
         policy[t] = best / best.sum(1, keepdims=True)
     return policy
 
 
 def is_optimal(policy: np.ndarray, rewards: np.ndarray, transitions: np.ndarray) -> bool:
-    """Whether no other action is better, at any step and in any state, than those that the policy
-    takes: Q(s, pi(s)) >= Q(s, a) with the policy's own Q, linear in R (Ng and Russell 2000, Eq. 4,
-    for a finite horizon).
+    """Whether in no state and at no step another action is better than those that the policy takes:
+    Q(s, pi(s)) >= Q(s, a), where Q is the policy's own and so linear in the rewards.
 
     Args:
-        rewards: (S, A), or (T, S, A) where each step has its own.
+        rewards: (S, A), or (T, S, A) where they change from step to step.
     """
     rewards = np.broadcast_to(rewards, policy.shape)
     V = np.zeros(policy.shape[1])
     for t in reversed(range(len(policy))):
         Q = rewards[t] + transitions @ V
-        short = Q.max(1, keepdims=True) - Q
-        if (short[policy[t] > 0] > 1e-8 * (1 + np.abs(Q).max())).any():
+        loss = Q.max(1, keepdims=True) - Q
+        if (loss[policy[t] > 0] > 1e-8 * np.abs(Q).max()).any():
             return False
         V = (policy[t] * Q).sum(1)
     return True
@@ -158,25 +159,21 @@ def visits(policy: np.ndarray, transitions: np.ndarray, start: np.ndarray) -> np
     states = start
     for t, actions in enumerate(policy):
         chance[t] = states[:, None] * actions
-        states = np.tensordot(chance[t], transitions, 2)  # summed over s and a
+        states = chance[t].ravel() @ transitions.reshape(-1, len(start))  # summed over s and a
     return chance
 
 
 def expected(what: np.ndarray, policy: np.ndarray, transitions: np.ndarray,
-             start: np.ndarray) -> np.ndarray | float:
+             start: np.ndarray) -> np.ndarray:
     """E[sum over t of what(s_t, a_t)]: the value for rewards (S, A), mu for features (S, A, d)."""
     return np.tensordot(visits(policy, transitions, start).sum(0), what, 2)
 
 
-# ---- learners ------------------------------------------------------------------------------------
+# ---- learning from demonstrations ----------------------------------------------------------------
 
 def cloning(states: np.ndarray, actions: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """In each state the action that the expert took most often; any, where it never was.
-
-    Args:
-        states, actions: (n, T), the demonstrations.
-        shape: (T, S, A) of the policy that is returned.
-    """
+    """A policy of this shape, (T, S, A): in each state the action that the expert took most often
+    in its demonstrations, states and actions (n, T); any action where it never was."""
     counts = np.zeros(shape[1:])
     np.add.at(counts, (states, actions), 1)
     best = counts == counts.max(1, keepdims=True)
@@ -184,64 +181,58 @@ def cloning(states: np.ndarray, actions: np.ndarray, shape: tuple[int, ...]) -> 
 
 
 def projection(features: np.ndarray, transitions: np.ndarray, horizon: int, start: np.ndarray,
-               mu_E: np.ndarray, rounds: int = 50) -> Plans:
-    """Abbeel and Ng (2004, section 3.1): the point nearest to mu_E that mixtures of policies reach,
-    by going again and again as near as possible on the way to the best policy for what is missing.
-
-    Returns the share and the rewards of each policy in the mixture.
-    """
+               mu_E: np.ndarray, rounds: int = 100) -> Mixture:
+    """A mixture of policies with features mu_bar near mu_E, found by going again and again from
+    mu_bar towards the policy that is best for what is missing, as far as it helps."""
     rewards = np.zeros(features.shape[:2])  # the first policy: every action is as good
     mu_bar = expected(features, best_policy(rewards, transitions, horizon), transitions, start)
-    plans = [(1.0, rewards)]
+    mixture = [(1.0, rewards)]
     for _ in range(rounds):
-        # 1) the reward for which the mixture falls short of the expert by most
+        # 1) the reward by which the mixture falls short of the expert most
         w = mu_E - mu_bar
         if np.linalg.norm(w) < 1e-6:
-            break
+            break  # as good as the expert, whatever it wants
         rewards = features @ (w / np.linalg.norm(w))
-        # 2) the best policy for it
+        # 2) the policy that is best for it
         mu = expected(features, best_policy(rewards, transitions, horizon), transitions, start)
-        # 3) the point between it and the mixture that is nearest to the expert
+        # 3) the point nearest to the expert between the mixture and this policy
         toward = mu - mu_bar
         if w @ toward < 1e-9:
-            break  # no policy is nearer
-        step = min(1.0, (w @ toward) / (toward @ toward))
+            break  # no policy brings it nearer
+        step = min(1.0, float(w @ toward / (toward @ toward)))
         mu_bar = mu_bar + step * toward
-        plans = [(share * (1 - step), old) for share, old in plans] + [(step, rewards)]
-    return plans
+        mixture = [(share * (1 - step), old) for share, old in mixture] + [(step, rewards)]
+    return mixture
 
 
 def max_ent_loss(w: np.ndarray, features: np.ndarray, transitions: np.ndarray, horizon: int,
                  start: np.ndarray, mu_E: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-    """E[V_0] - w . mu_E, which is convex in w, its gradient (d,) and its Hessian (d, d).
-
-    The gradient is mu(pi_w) - mu_E. The Hessian is how far the features still to come vary with the
-    action: the sum over t of E[Cov over a ~ pi_t of E[phi_t + ... + phi_T-1 | s_t, a]].
-    """
+    """E[V_0] - w . mu_E, its gradient (d,) and its Hessian (d, d): how far the features that are
+    still to come vary with the action, summed over the steps. No variance is negative: the loss is
+    convex."""
     policy, V = soft_values(features @ w, transitions, horizon)
     chance = visits(policy, transitions, start)
     gradient = np.tensordot(chance.sum(0), features, 2) - mu_E
     hessian = np.zeros((len(w), len(w)))
     ahead = np.zeros((len(start), len(w)))  # E[features from here on | s]
     for t in reversed(range(horizon)):
-        to_come = features + transitions @ ahead  # (S, A, d)
-        ahead = (policy[t][..., None] * to_come).sum(1)  # (S, d)
-        apart = (to_come - ahead[:, None]).reshape(-1, len(w))
+        to_come = features + transitions @ ahead  # E[features from here on | s, a], (S, A, d)
+        ahead = (policy[t][..., None] * to_come).sum(1)
+        apart = (to_come - ahead[:, None]).reshape(-1, len(w))  # (S * A, d)
         hessian += apart.T @ (chance[t].reshape(-1, 1) * apart)
     return start @ V - w @ mu_E, gradient, hessian
 
 
 def max_ent(features: np.ndarray, transitions: np.ndarray, horizon: int, start: np.ndarray,
             mu_E: np.ndarray, n: float = 1, prior: float = math.inf) -> np.ndarray:
-    """The weights (d,) that n demonstrations with mean features mu_E make most likely, each weight
-    with a normal prior of this standard deviation. Raises ArithmeticError where there are none:
-    without a prior and with features that no soft policy has."""
-    weight_decay = 1 / (n * prior**2)
+    """The weights (d,) with the lowest loss on n demonstrations of mean features mu_E, plus that of
+    a normal prior with this standard deviation. Raises ArithmeticError if there are none: without a
+    prior, where no soft policy has these features."""
+    decay = 1 / (n * prior**2)
 
     def objective(w: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
         loss, gradient, hessian = max_ent_loss(w, features, transitions, horizon, start, mu_E)
-        return (loss + weight_decay * (w @ w) / 2, gradient + weight_decay * w,
-                hessian + weight_decay * np.eye(len(w)))
+        return loss + decay / 2 * (w @ w), gradient + decay * w, hessian + decay * np.eye(len(w))
     return newton(objective, np.zeros(len(mu_E)), 1e-8)[0]
 
 
@@ -252,161 +243,150 @@ MAP = (".........",
        "..~~~~~.G",
        ".o~~o~~o.",
        "mmmmmmmmm")
-TREE = (0, 4)  # where it falls
+TREE = (0, 4)  # where one falls: row and column
 KINDS = {"hut": "G", "hole": "o", "mud": "m", "ice": "~"}  # the features; grass has none
-WEIGHTS = np.array([1.0, -3.0, -0.5, 0.0])  # of a step on each, for the expert
+WEIGHTS = np.array([1.0, -3.0, -0.5, 0.0])  # what the expert wants: rewards of a step on each
 MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))  # north, east, south, west
 
 
 class World(NamedTuple):
-    """A map as a Markov decision process. States are its squares, row by row."""
+    """The map as a Markov decision process. Its states are the squares, row by row."""
     transitions: np.ndarray  # (S, A, S)
-    kinds: np.ndarray  # (S, A, 4) features: one for each kind of ground
-    squares: np.ndarray  # (S, A, S) features: one for each square
-    start: np.ndarray  # (S,) of the demonstrations: any square
-    west: np.ndarray  # (S,) of the walkers that a learner is measured by: the lake is before them
-
-    @property
-    def rewards(self) -> np.ndarray:
-        """What the expert wants, (S, A). The learners never see it."""
-        return self.kinds @ WEIGHTS
+    kinds: np.ndarray  # (S, A, 4) features: which kind of ground
+    squares: np.ndarray  # (S, A, S) features: which square
+    rewards: np.ndarray  # (S, A) the true ones; no learner sees them
+    start: np.ndarray  # (S,) of demonstrations: any square
+    west: np.ndarray  # (S,) where a learner is measured: the western columns, before the lake
 
 
 def make_world(slip: float, tree: bool = False) -> World:
-    """The map, with a step on ice in a random direction with probability `slip`. Trees and the edge
+    """A step on ice goes in a random direction with probability `slip`. The edge and a fallen tree
     stop a step: the walker stays."""
-    rows = [list(row) for row in MAP]
+    ground = np.array([list(row) for row in MAP])
     if tree:
-        rows[TREE[0]][TREE[1]] = "#"
-    height, width = len(rows), len(rows[0])
-    ground = np.array(rows).ravel()  # (S,)
-    S, A = len(ground), len(MOVES)
-    leads = np.empty((S, A), int)  # where a step would end without slipping
+        ground[TREE] = "#"
+    height, width = ground.shape
+    S, A = ground.size, len(MOVES)
+    sure = np.zeros((S, A, S))  # where a step leads without slipping
     for s in range(S):
         for a, (down, right) in enumerate(MOVES):
             y, x = s // width + down, s % width + right
-            inside = 0 <= y < height and 0 <= x < width
-            leads[s, a] = y * width + x if inside and rows[y][x] != "#" else s
+            stopped = not (0 <= y < height and 0 <= x < width) or ground[y, x] == "#"
+            sure[s, a, s if stopped else y * width + x] = 1
 
-    sure = np.eye(S)[leads]  # (S, A, S)
-    lost = np.broadcast_to(sure.mean(1, keepdims=True), sure.shape)
-    slips = slip * (ground == "~")[:, None, None]
-    transitions = (1 - slips) * sure + slips * lost
-    kinds = np.stack([ground == letter for letter in KINDS.values()], 1).astype(float)
-    west = np.arange(S) % width < 2
-    return World(transitions, np.repeat(kinds[:, None], A, 1),
-                 np.repeat(np.eye(S)[:, None], A, 1), np.full(S, 1 / S), west / west.sum())
+    slips = slip * (ground.ravel() == "~")[:, None, None]
+    transitions = (1 - slips) * sure + slips * sure.mean(1, keepdims=True)
+    kinds = np.stack([ground.ravel() == letter for letter in KINDS.values()], 1).astype(float)
+    kinds = np.repeat(kinds[:, None], A, 1)
+    west = (np.arange(S) % width < 2) / (2 * height)
+    return World(transitions, kinds, np.repeat(np.eye(S)[:, None], A, 1), kinds @ WEIGHTS,
+                 np.full(S, 1 / S), west)
 
 
-def demonstrate(policy: np.ndarray, world: World, n: int,
-                rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """States (n, T) and actions (n, T) of an expert that starts on random squares."""
-    def draw(chances: np.ndarray) -> np.ndarray:
-        """One of the columns for each row of probabilities (n, columns)."""
-        return (chances.cumsum(1) > rng.random((len(chances), 1))).argmax(1)
+def draw_each(chances: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One of the columns for each row of probabilities (n, columns)."""
+    return (chances.cumsum(1) > rng.random((len(chances), 1))).argmax(1)
 
-    state = draw(np.repeat(world.start[None], n, 0))
+
+def demonstrate(config: Config, world: World, expert: str,
+                seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The expert's policy, and the states and actions (n, T) that it shows."""
+    if expert == "optimal":
+        policy = best_policy(world.rewards, world.transitions, config.horizon)
+    else:
+        policy = soft_policy(config.rationality * world.rewards, world.transitions, config.horizon)
+    rng = np.random.default_rng(seed)
+    state = draw_each(np.repeat(world.start[None], config.demonstrations, 0), rng)
     states, actions = [], []
     for of_step in policy:
-        action = draw(of_step[state])
+        action = draw_each(of_step[state], rng)
         states.append(state)
         actions.append(action)
-        state = draw(world.transitions[state, action])
-    return np.stack(states, 1), np.stack(actions, 1)
+        state = draw_each(world.transitions[state, action], rng)
+    return policy, np.stack(states, 1), np.stack(actions, 1)
 
 
 # ---- 1) which rewards explain a policy -----------------------------------------------------------
 
 def ambiguity(config: Config) -> list[dict]:
-    """Rewards under which the expert's policy is optimal, and some under which it is not."""
-    world, T = make_world(config.slip), config.horizon
-    rng = np.random.default_rng(config.seed)
+    """For some rewards, whether the expert's policy is optimal; of random ones, for how many."""
+    world = make_world(config.slip)
     R, P = world.rewards, world.transitions
-    policy = best_policy(R, P, T)
-    phi = rng.normal(size=len(R))  # a potential
-    shaped = np.repeat((R + P @ phi - phi[:, None])[None], T, 0)
-    ends_at_0 = shaped.copy()
-    ends_at_0[-1] = R - phi[:, None]
-    rewards = {"R": R, "0": 0 * R, "2 R + 3": 2 * R + 3, "-R": -R,
-               "R + Phi(s') - Phi(s), Phi = 0 after the last step": ends_at_0,
-               "R + Phi(s') - Phi(s) at every step": shaped}
+    policy = best_policy(R, P, config.horizon)
+    rng = np.random.default_rng(config.seed)
+    phi = rng.normal(size=len(R))
+    shaped = np.repeat((R + P @ phi - phi[:, None])[None], config.horizon, 0)
+    phi_ends_at_0 = shaped.copy()
+    phi_ends_at_0[-1] = R - phi[:, None]
+    rewards = {"R, the true one": R, "0": 0 * R, "2 R + 3": 2 * R + 3, "-R": -R,
+               "R + Phi(s') - Phi(s), Phi = 0 after the last step": phi_ends_at_0,
+               "R + Phi(s') - Phi(s), the same Phi to the end": shaped}
     rows = [{"reward": name, "optimal": is_optimal(policy, reward, P)}
             for name, reward in rewards.items()]
     drawn = [is_optimal(policy, rng.normal(size=R.shape), P) for _ in range(1000)]
-    return rows + [{"reward": "1000 random rewards", "optimal": sum(drawn)}]
+    return rows + [{"reward": "1000 random ones", "optimal_for": sum(drawn)}]
 
 
-# ---- 2) who follows ------------------------------------------------------------------------------
+# ---- 2) who can follow ---------------------------------------------------------------------------
 
-METHODS = ("cloning", "projection", "max-ent", "max-ent, a weight a square")
 EXPERTS = ("optimal", "noisy")
+METHODS = ("cloning", "projection", "max-ent", "max-ent, a weight a square")
 WORLDS = ("as shown", "the ice has melted", "a tree has fallen")
 
 
 def learn(config: Config, world: World, states: np.ndarray,
-          actions: np.ndarray) -> tuple[dict[str, Plans], np.ndarray]:
-    """What each method that learns a reward makes of demonstrations (n, T) in this world; and the
-    weights (4,) of max-ent."""
+          actions: np.ndarray) -> dict[str, Mixture]:
+    """The rewards that each method finds behind demonstrations (n, T)."""
     P, T, n = world.transitions, config.horizon, len(states)
-    start = np.bincount(states[:, 0], minlength=len(P)) / n  # where the demonstrations began
-    mu_E = world.kinds[states, actions].sum((0, 1)) / n
-    w = max_ent(world.kinds, P, T, start, mu_E, n, config.prior)
+    start = np.bincount(states[:, 0], minlength=len(P)) / n  # where these demonstrations began
+    mu_kinds = world.kinds[states, actions].sum((0, 1)) / n
     mu_squares = world.squares[states, actions].sum((0, 1)) / n
-    w_squares = max_ent(world.squares, P, T, start, mu_squares, n, config.prior)
-    plans = {"projection": projection(world.kinds, P, T, start, mu_E),
-             "max-ent": [(1.0, world.kinds @ w)],
-             "max-ent, a weight a square": [(1.0, world.squares @ w_squares)]}
-    return plans, w
+    try:
+        w = max_ent(world.kinds, P, T, start, mu_kinds, n, config.prior)
+        w_squares = max_ent(world.squares, P, T, start, mu_squares, n, config.prior)
+    except ArithmeticError as error:
+        fail(f"--prior {config.prior}: {error}; try a smaller one")
+    return {"projection": projection(world.kinds, P, T, start, mu_kinds),
+            "max-ent": [(1.0, world.kinds @ w)],
+            "max-ent, a weight a square": [(1.0, world.squares @ w_squares)]}
 
 
 def worth(policy: np.ndarray, world: World) -> float:
-    """The policy's value for walkers from the west, as a share of the way from random actions (0)
-    to the optimal policy of this world (1)."""
+    """The policy's value for walkers from the west: 0 that of random actions, 1 the best."""
     best = best_policy(world.rewards, world.transitions, len(policy))
-    uniform = np.full_like(best, 1 / len(MOVES))
+    random = np.full(best.shape, 1 / len(MOVES))
     low, high, value = [expected(world.rewards, one, world.transitions, world.west)
-                        for one in (uniform, best, policy)]
+                        for one in (random, best, policy)]
     return float((value - low) / (high - low))
 
 
-def demonstrations(config: Config, expert: str,
-                   seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The expert's policy, and states and actions (n, T) of all its demonstrations."""
-    world, T = make_world(config.slip), config.horizon
-    if expert == "optimal":
-        policy = best_policy(world.rewards, world.transitions, T)
-    else:
-        policy = soft_policy(config.rationality * world.rewards, world.transitions, T)
-    rng = np.random.default_rng(seed)
-    return policy, *demonstrate(policy, world, config.demonstrations, rng)
+def counts(config: Config) -> list[int]:
+    """Numbers of demonstrations with which the learners are measured."""
+    return [n for n in (1, 3, 10, 30) if n < config.demonstrations] + [config.demonstrations]
 
 
 def experiment(config: Config, expert: str, seed: int) -> list[dict]:
-    """What each method's policy is worth after so many demonstrations, in the world that was shown
-    and after a change."""
+    """What each method is worth in the world that was shown, and in two that have changed."""
     shown = make_world(config.slip)
     worlds = dict(zip(WORLDS, (shown, make_world(0.0), make_world(config.slip, tree=True))))
-    policy, states, actions = demonstrations(config, expert, seed)
+    policy, states, actions = demonstrate(config, shown, expert, seed)
     rows = []
     for n in counts(config):
-        plans, w = learn(config, shown, states[:n], actions[:n])
         where = {"expert": expert, "demonstrations": n, "seed": seed}
-        rows.append({**where, "weights": dict(zip(KINDS, w.tolist()))})
+        copy = cloning(states[:n], actions[:n], policy.shape)
+        learned = learn(config, shown, states[:n], actions[:n])
+        (_, rewards), = learned["max-ent"]
+        squares = ["".join(MAP).index(letter) for letter in KINDS.values()]  # one of each kind
+        rows.append({**where, **dict(zip(KINDS, rewards[squares, 0].tolist()))})
         for name, world in worlds.items():
-            shares = {"expert": worth(policy, world)}  # who goes on as before
-            shares["cloning"] = worth(cloning(states[:n], actions[:n], policy.shape), world)
-            for method, mixture in plans.items():  # which plan anew, on the rewards they learned
-                shares[method] = sum(
-                    part * worth(best_policy(rewards, world.transitions, config.horizon), world)
-                    for part, rewards in mixture)
-            for method, share in shares.items():
-                rows.append({**where, "world": name, "method": method, "share": share})
+            found = {"the expert itself": worth(policy, world), "cloning": worth(copy, world)}
+            for method, mixture in learned.items():
+                found[method] = 0.0
+                for share, rewards in mixture:  # learned in the world shown, planned on in this one
+                    plan = best_policy(rewards, world.transitions, config.horizon)
+                    found[method] += share * worth(plan, world)
+            rows.append({**where, "world": name, **found})
     return rows
-
-
-def counts(config: Config) -> list[int]:
-    """Numbers of demonstrations after which the learners are measured."""
-    return [n for n in (1, 3, 10, 30) if n < config.demonstrations] + [config.demonstrations]
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -418,88 +398,77 @@ def main(config: Config) -> None:
     rows = ambiguity(config)
     print("1) Is the expert's policy optimal for this reward?\n")
     for row in rows:
-        answer = {True: "yes", False: "no"}.get(row["optimal"], row["optimal"])
-        print(f"{row['reward']:56}{answer}")
-
-    for seed in tqdm(range(config.seed, config.seed + config.seeds), "demonstrations"):
+        said = row.get("optimal_for", "yes" if row.get("optimal") else "no")
+        print(f"   {row['reward']:52}{said}")
+    for seed in tqdm(range(config.seed, config.seed + config.seeds), "experts"):
         for expert in EXPERTS:
             rows += experiment(config, expert, seed)
     write_jsonl(folder / "results.jsonl", rows)
     draw(rows, config, folder / "figure.png")
-    print("\n2) Value for walkers from the west, mean of "
-          f"{config.seeds} seeds: random actions 0%, the optimal policy 100%")
+
+    print("\n2) value in % (random actions 0, the best policy 100) after so many demonstrations, "
+          f"{config.seeds} seeds")
     for expert in EXPERTS:
         for world in WORLDS:
-            print_table(rows, config, expert, world)
-    print_weights(rows, config)
+            print()
+            print_line(f"{expert} expert, {world}", [str(n) for n in counts(config)])
+            for method in ("the expert itself", *METHODS):
+                means, errors = means_of(rows, config, expert, world, method)
+                print_line(method, [f"{100 * mean:.1f} ± {100 * error:.1f}"
+                                    for mean, error in zip(means, errors)])
+    print()
+    print_line(f"weights, {config.demonstrations} demonstrations", list(KINDS))
+    print_line("the expert's own", [f"{w:.2f}" for w in WEIGHTS])
+    for expert in EXPERTS:
+        found = [mean_se(values(rows, kind, expert=expert, demonstrations=config.demonstrations))
+                 for kind in KINDS]
+        cells = [f"{mean:.2f} ± {error:.2f}" for mean, error in found]
+        print_line(f"max-ent, {expert} expert", cells)
     print(f"\nrows and figure  ->  {folder}")
 
 
-def values(rows: list[dict], name: str, **where: object) -> list:
+def values(rows: list[dict], name: str, **where: object) -> list[float]:
     """A field of the rows that have it, and whose other fields are as `where` says."""
     return [row[name] for row in rows if name in row and where.items() <= row.items()]
 
 
-def print_table(rows: list[dict], config: Config, expert: str, world: str) -> None:
-    """Mean and standard error of every method's share, after so many demonstrations."""
-    print(f"\n{expert + ' expert, ' + world:42}" + "".join(f"{n:>14}" for n in counts(config)))
-    for method in ("expert", *METHODS):
-        line = f"{'the expert itself' if method == 'expert' else method:42}"
-        for n in counts(config):
-            mean, error = mean_se(values(rows, "share", expert=expert, world=world, method=method,
-                                         demonstrations=n))
-            line += f"{mean:8.1%} ± {error:4.1%}"
-        print(line)
+def means_of(rows: list[dict], config: Config, expert: str, world: str,
+             method: str) -> tuple[np.ndarray, np.ndarray]:
+    """Means and standard errors of a method's share, with each number of demonstrations."""
+    return mean_se(np.array([values(rows, method, expert=expert, world=world, demonstrations=n)
+                             for n in counts(config)]))
 
 
-def print_weights(rows: list[dict], config: Config) -> None:
-    """What max-ent has learned from all demonstrations, beside the truth."""
-    print(f"\n{'weights, all demonstrations':42}" + "".join(f"{kind:>16}" for kind in KINDS))
-    print(f"{'the expert':42}" + "".join(f"{w:16.2f}" for w in WEIGHTS))
-    for expert in EXPERTS:
-        line = f"{'max-ent, ' + expert + ' expert':42}"
-        found = values(rows, "weights", expert=expert, demonstrations=config.demonstrations)
-        for kind in KINDS:
-            mean, error = mean_se([weights[kind] for weights in found])
-            line += f"{mean:9.2f} ± {error:4.2f}"
-        print(line)
+def print_line(label: str, cells: list[str]) -> None:
+    """A row of a table."""
+    print(f"{label:34}" + "".join(f"{cell:>14}" for cell in cells))
 
 
 def draw(rows: list[dict], config: Config, path: Path) -> None:
-    """The true reward of each square and the learned one; worth against demonstrations."""
+    """The reward learned for each square; what each method is worth, against demonstrations."""
     panels = [("optimal", world) for world in WORLDS] + [("noisy", "as shown")]
-    with figure(path, 6, width=3.9, height=3.9) as (_, (true, learned, *curves)):
+    with figure(path, 6, width=4, height=4) as (_, axes):
         world = make_world(config.slip)
-        _, states, actions = demonstrations(config, "noisy", config.seed)
-        plans, _ = learn(config, world, states, actions)
-        (_, of_squares), = plans["max-ent, a weight a square"]
-        for axis, rewards, title in ((true, world.rewards, "what the expert wants"),
-                                     (learned, of_squares, f"learned, {len(states)} "
-                                      "demonstrations\nof the noisy expert, a weight a square")):
-            axis.imshow(rewards[:, 0].reshape(len(MAP), -1), cmap="RdYlGn", vmin=-4, vmax=4)
+        for axis, expert in zip(axes[:2], EXPERTS):
+            _, states, actions = demonstrate(config, world, expert, config.seed)
+            (_, rewards), = learn(config, world, states, actions)["max-ent, a weight a square"]
+            top = np.abs(rewards).max()
+            axis.imshow(rewards[:, 0].reshape(len(MAP), -1), cmap="RdYlGn", vmin=-top, vmax=top)
             for y, line in enumerate(MAP):
                 for x, letter in enumerate(line):
                     axis.text(x, y, letter, ha="center", va="center")
-            axis.set(xticks=[], yticks=[], title=title)
-
-        for axis, (expert, name) in zip(curves, panels):
+            axis.set(xticks=[], yticks=[], title=f"learned from the {expert} expert,\n"
+                     "a weight a square (green: good)")
+        for axis, (expert, name) in zip(axes[2:], panels):
             for method in METHODS:
-                draw_means(axis, rows, config, expert, name, method)
-            own = np.mean(values(rows, "share", expert=expert, world=name, method="expert"))
-            axis.axhline(own, color="black", linestyle="--", label="the expert, as before")
+                means, errors = means_of(rows, config, expert, name, method)
+                axis.errorbar(counts(config), means, errors, fmt="o-", capsize=3, label=method)
+            own, _ = means_of(rows, config, expert, name, "the expert itself")
+            axis.axhline(own[0], color="black", linestyle="--", label="the expert, as before")
             axis.set(xscale="log", xlabel="demonstrations", ylim=(-0.05, 1.05),
                      title=f"{expert} expert,\n{name}")
-        curves[0].set_ylabel("value, from random (0) to optimal (1)")
-        curves[0].legend(fontsize=8)
-
-
-def draw_means(axis, rows: list[dict], config: Config, expert: str, world: str,
-               method: str) -> None:
-    """Mean and standard error over seeds of a method's share, against the demonstrations."""
-    table = [values(rows, "share", expert=expert, world=world, method=method, demonstrations=n)
-             for n in counts(config)]
-    mean, error = mean_se(np.array(table))  # of (counts, seeds)
-    axis.errorbar(counts(config), mean, error, fmt="o-", capsize=3, markersize=4, label=method)
+        axes[2].set_ylabel("value: random actions 0, the best 1")
+        axes[2].legend()
 
 
 if __name__ == "__main__":
