@@ -1,5 +1,5 @@
-"""irl.py: the soft policy, the loss and its derivatives against enumeration of all paths and finite differences, the
-learners against closed forms, the map against its rules, and the result in small.
+"""irl.py: the soft policy against enumeration of all paths, the loss against finite differences,
+the learners against closed forms, the map against its rules, and the result in small.
 """
 import itertools
 import json
@@ -13,8 +13,8 @@ import pytest
 import clone
 import irl
 from common.settings import parse
-from irl import (MAP, MOVES, Config, best_policy, cloning, expected, is_optimal, make_world, max_ent, max_ent_loss,
-                 projection, soft_policy, soft_values, visits)
+from irl import (MAP, MOVES, Config, best_policy, cloning, expected, is_optimal, make_world,
+                 max_ent, max_ent_loss, projection, soft_policy, soft_values, visits)
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def rng():
 
 
 def grid3(slip=0.0):
-    """Transitions (9, 4, 9) of a 3 x 3 grid, on which a step goes in a random direction with probability slip."""
+    """Transitions (9, 4, 9) of a 3 x 3 grid; with probability slip a step goes anywhere."""
     sure = np.zeros((9, 4, 9))
     for s in range(9):
         for a, (down, right) in enumerate(MOVES):
@@ -33,20 +33,20 @@ def grid3(slip=0.0):
 
 
 def paths(rewards, transitions, horizon, start):
-    """Every path (states, actions) from `start`, with the chance of its luck and its return."""
+    """Every path from `start`: its states and actions, the chance of its luck, and its return.
+    Where the last step leads is no part of it."""
     found = []
 
-    def go(state, so_far, luck, total):
-        if len(so_far) == horizon:
-            found.append((tuple(so_far), luck, total))
-            return
+    def go_on(state, path, luck, gained):
         for action in range(rewards.shape[1]):
+            longer = (*path, (state, action))
+            total = gained + rewards[state, action]
+            if len(longer) == horizon:
+                found.append((longer, luck, total))
+                continue
             for after in np.flatnonzero(transitions[state, action]):
-                if len(so_far) + 1 == horizon and after != np.flatnonzero(transitions[state, action])[0]:
-                    continue  # where the last step leads is no part of the path
-                p = 1.0 if len(so_far) + 1 == horizon else transitions[state, action, after]
-                go(after, [*so_far, (state, action)], luck * p, total + rewards[state, action])
-    go(start, [], 1.0, 0.0)
+                go_on(after, longer, luck * transitions[state, action, after], total)
+    go_on(start, (), 1.0, 0.0)
     return found
 
 
@@ -54,20 +54,20 @@ def at(state, S=9):
     return np.eye(S)[state]
 
 
-# ---- the soft policy -------------------------------------------------------------------------------------------------
+# ---- the soft policy -----------------------------------------------------------------------------
 
 def test_it_needs_numpy_only():
     """Neither torch nor another algorithm file is loaded."""
     program = "import irl, sys; print(*sys.modules)"
-    found = subprocess.run([sys.executable, "-c", program], cwd=clone.ROOT, text=True, check=True, capture_output=True,
-                           env=clone.environment()).stdout.split()
+    found = subprocess.run([sys.executable, "-c", program], cwd=clone.ROOT, text=True, check=True,
+                           capture_output=True, env=clone.environment()).stdout.split()
     scripts = {path.stem for path in clone.ROOT.glob("*.py")} - {"irl"}
     assert "irl" in found and not ({"torch", "matplotlib"} | scripts) & set(found)
 
 
 def test_without_chance_a_path_is_as_likely_as_exp_of_its_return(rng):
-    """All 4^5 paths on a 3 x 3 grid: P(path) = exp(r) / Z. That is pi_ref exp(r) / Z with the uniform pi_ref, at beta = 1; and
-    r / beta for another beta."""
+    """All 4^5 paths on a 3 x 3 grid: P(path) = exp(r) / Z, which is pi_ref exp(r / beta) / Z with a
+    uniform pi_ref and beta = 1; and so for another beta."""
     rewards, P = rng.normal(size=(9, 4)), grid3()
     for beta in (1.0, 0.3):
         policy = soft_policy(rewards / beta, P, 5)
@@ -76,7 +76,8 @@ def test_without_chance_a_path_is_as_likely_as_exp_of_its_return(rng):
         returns = np.array([total for _, _, total in found])
         pi_ref = np.full(len(found), 1 / len(found))
         tilted = pi_ref * np.exp(returns / beta)
-        own = [math.prod(policy[t, s, a] for t, (s, a) in enumerate(path)) for path, _, _ in found]
+        own = [math.prod(policy[t, s, a] for t, (s, a) in enumerate(path))
+               for path, _, _ in found]
         assert np.allclose(own, tilted / tilted.sum(), atol=1e-12)
 
 
@@ -120,20 +121,21 @@ WORTH = np.repeat([[0.0], [1.0], [0.0], [2.0]], 2, 1)
 
 
 def test_it_does_not_count_on_good_luck():
-    """Causal: both choices are worth 1, so P(risky) = 1/2. Plain maximum entropy weighs a path by its luck times exp(return):
-    P(risky) = 0.6068, and of those risky paths 0.8808 end well, where chance has 0.5."""
+    """Causal: both choices are worth 1, so P(risky) = 1/2. Plain maximum entropy weighs a path by
+    its luck times exp(return): P(risky) = 0.6068, and of the risky paths 0.8808 end well, where
+    chance has 0.5."""
     assert soft_policy(WORTH, GAMBLE, 2)[0, 0] == pytest.approx([0.5, 0.5], abs=1e-12)
     weights = {}
     for path, luck, gained in paths(WORTH, GAMBLE, 2, 0):
         key = path[0][1], path[1][0]
-        weights[key] = weights.get(key, 0) + luck * math.exp(gained) / 2  # the last action is one of two, and no matter
+        weights[key] = weights.get(key, 0) + luck * math.exp(gained) / 2  # for both last actions
     risky = weights[1, 2] + weights[1, 3]
     assert risky / (risky + weights[0, 1]) == pytest.approx(0.6068, abs=5e-5)
     assert weights[1, 3] / risky == pytest.approx(0.8808, abs=5e-5)
 
 
 def test_with_two_paths_it_is_bradley_terry():
-    """P(path 1) = sigmoid(r_1 - r_2). And the weights that fit k of n choices are their log-odds."""
+    """P(path 1) = sigmoid(r_1 - r_2). The weight that fits k of n choices is their log-odds."""
     P = np.ones((1, 2, 1))
     for r_1, r_2 in ((0.3, -1.2), (2.0, 2.0), (-700.0, 700.0)):
         own = soft_policy(np.array([[r_1, r_2]]), P, 1)[0, 0, 0]
@@ -162,7 +164,8 @@ def test_it_becomes_the_optimal_policy_as_rewards_grow_and_a_constant_changes_no
 
 
 def test_the_best_policy_is_the_best_of_all(rng):
-    """On three states and two actions, all 2^9 policies of three steps; equal actions are equally likely."""
+    """On three states and two actions, all 2^9 policies of three steps; and equal actions are
+    equally likely."""
     rewards = rng.normal(size=(3, 2))
     P = rng.dirichlet(np.ones(3), (3, 2))
     values = [expected(rewards, np.eye(2)[np.reshape(choice, (3, 3))], P, np.ones(3) / 3)
@@ -170,6 +173,15 @@ def test_the_best_policy_is_the_best_of_all(rng):
     best = best_policy(rewards, P, 3)
     assert expected(rewards, best, P, np.ones(3) / 3) == pytest.approx(max(values), abs=1e-12)
     assert np.array_equal(best_policy(np.zeros((3, 2)), P, 3), np.full((3, 3, 2), 0.5))
+
+
+def test_actions_that_differ_by_rounding_are_equally_good():
+    """From state 0 by 1, 2, 3 or by 4, 5, 6: 0.1 + (0.2 + 0.3) and 0.3 + (0.2 + 0.1) are not the
+    same number."""
+    after = np.array([[1, 4], [2, 2], [3, 3], [3, 3], [5, 5], [6, 6], [6, 6]])
+    rewards = np.array([0, 0.1, 0.2, 0.3, 0.3, 0.2, 0.1])[:, None].repeat(2, 1)
+    assert 0.1 + (0.2 + 0.3) != 0.3 + (0.2 + 0.1)
+    assert best_policy(rewards, np.eye(7)[after], 4)[0, 0].tolist() == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("rewards, transitions, horizon, said", [
@@ -190,11 +202,11 @@ def test_what_is_no_decision_process_is_refused(rewards, transitions, horizon, s
             plan(rewards, transitions, horizon)
 
 
-# ---- maximum entropy -------------------------------------------------------------------------------------------------
+# ---- maximum entropy -----------------------------------------------------------------------------
 
 @pytest.fixture
 def task(rng):
-    """Features (9, 4, 3), transitions, start (9,), and the features of a policy that is not soft."""
+    """Features (9, 4, 3), transitions, start (9,), and mu of a policy that is not soft."""
     features, P = rng.normal(size=(9, 4, 3)), grid3(0.3)
     start = rng.dirichlet(np.ones(9))
     policy = rng.dirichlet(np.ones(4), (6, 9))
@@ -211,7 +223,8 @@ def test_gradient_and_hessian_are_finite_differences(task, rng):
     up, down = ([at_w(w + sign * h * axis) for axis in np.eye(3)] for sign in (1, -1))
     assert np.allclose(gradient, [(u[0] - d[0]) / (2 * h) for u, d in zip(up, down)], atol=1e-8)
     assert np.allclose(hessian, [(u[1] - d[1]) / (2 * h) for u, d in zip(up, down)], atol=1e-7)
-    assert np.allclose(gradient, expected(features, soft_policy(features @ w, P, 6), P, start) - mu_E, atol=1e-12)
+    mu = expected(features, soft_policy(features @ w, P, 6), P, start)
+    assert np.allclose(gradient, mu - mu_E, atol=1e-12)
     assert np.linalg.eigvalsh(hessian).min() > 0
 
 
@@ -251,7 +264,7 @@ def test_features_that_no_policy_has_are_an_error_without_a_prior(task):
     assert np.isfinite(max_ent(features, P, 6, start, np.full(3, 100.0), prior=1)).all()
 
 
-# ---- projection and cloning ------------------------------------------------------------------------------------------
+# ---- projection and cloning ----------------------------------------------------------------------
 
 def test_projection_comes_nearer_to_what_policies_can_reach(task, rng):
     """And so it is as good as the expert for every reward: |w . (mu - mu_E)| <= |w| |mu - mu_E|."""
@@ -261,7 +274,8 @@ def test_projection_comes_nearer_to_what_policies_can_reach(task, rng):
         mixture = projection(features, P, 6, start, mu_E, rounds)
         shares = [share for share, _ in mixture]
         assert sum(shares) == pytest.approx(1) and min(shares) >= 0 and len(shares) <= rounds + 1
-        mu = sum(share * expected(features, best_policy(rewards, P, 6), P, start) for share, rewards in mixture)
+        mu = sum(share * expected(features, best_policy(rewards, P, 6), P, start)
+                 for share, rewards in mixture)
         gaps.append(np.linalg.norm(mu - mu_E))
     assert gaps[0] > gaps[1] > gaps[2] > gaps[3] and gaps[3] < 0.02 * gaps[0]
     for w in rng.normal(size=(20, 3)):
@@ -278,11 +292,17 @@ def test_the_first_steps_of_projection_by_hand(task):
     assert np.allclose(rewards, features @ (mu_E - mu_0) / np.linalg.norm(mu_E - mu_0))
     grid = np.linspace(0, 1, 100_001)
     far = np.linalg.norm(mu_0 + grid[:, None] * (mu_1 - mu_0) - mu_E, axis=1)
-    assert share_1 == pytest.approx(grid[far.argmin()], abs=2e-5) and share_0 == pytest.approx(1 - share_1)
+    assert share_1 == pytest.approx(grid[far.argmin()], abs=2e-5)
+    assert share_0 == pytest.approx(1 - share_1)
 
 
-def test_projection_stops_where_nothing_is_missing(task):
-    features, P, start, _ = task
+def test_projection_stops_where_nothing_is_missing_and_goes_no_further_than_a_policy(task):
+    """The second target lies far beyond the best policy for it, which then has the whole share."""
+    features, P, start, mu_E = task
+    beyond = projection(features, P, 6, start, 100 * mu_E, 30)
+    shares = [share for share, _ in beyond]
+    assert min(shares) >= 0 and sum(shares) == pytest.approx(1)
+    assert projection(features, P, 6, start, 100 * mu_E, 1)[1][0] == 1
     uniform = expected(features, np.full((6, 9, 4), 0.25), P, start)
     assert len(projection(features, P, 6, start, uniform)) == 1
 
@@ -296,10 +316,10 @@ def test_cloning_counts():
         assert policy[t].tolist() == [[0, 1], [0.5, 0.5], [0.5, 0.5], [1, 0]]
 
 
-# ---- which rewards explain a policy ----------------------------------------------------------------------------------
+# ---- which rewards explain a policy --------------------------------------------------------------
 
 def test_a_policy_is_optimal_where_no_policy_is_better(rng):
-    """Against the values of the best policy from every state and step, for policies with mistakes at random places."""
+    """A policy with one mistake, at a random step and state, is not; and loses value from there."""
     P, rewards = grid3(0.3), rng.normal(size=(9, 4))
     best = best_policy(rewards, P, 4)
     assert is_optimal(best, rewards, P)
@@ -313,9 +333,9 @@ def test_a_policy_is_optimal_where_no_policy_is_better(rng):
 
 
 def test_the_rewards_of_a_policy_are_ng_and_russells_cone(rng):
-    """(P_best - P_a) (I - gamma P_best)^-1 R >= 0 for every a, for a discount and a policy that never changes. Here: a step
-    that ends it all with probability 1 - gamma, and a last step that pays for all that would follow. One reward in eight or
-    so is in it; sums of two that are in it are, too."""
+    """(P_own - P_a) (I - gamma P_own)^-1 R >= 0 for every a, with a discount and a policy that
+    never changes. Here a step ends it all with probability 1 - gamma, and the last one pays for all
+    that would follow. Sums of two rewards in the cone are in it, too."""
     S, A, gamma = 3, 2, 0.8
     P, own = rng.dirichlet(np.ones(S), (S, A)), np.array([0, 1, 1])
     P_own = P[np.arange(S), own]
@@ -337,17 +357,18 @@ def test_the_rewards_of_a_policy_are_ng_and_russells_cone(rng):
 
 
 def test_the_ambiguity_that_the_command_prints():
-    """With Phi = 0 after the last step the same actions are best; with another Phi there, others are."""
+    """With Phi = 0 after the last step the same actions are best; with another Phi, others are."""
     rows = irl.ambiguity(Config(seed=3))
     assert [row.get("optimal") for row in rows] == [True, True, True, False, True, False, None]
     assert rows[-1]["optimal_for"] == 0
 
 
-# ---- the map ---------------------------------------------------------------------------------------------------------
+# ---- the map -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("slip, tree", [(0.5, False), (0.0, False), (0.5, True)])
 def test_steps_on_the_map(slip, tree):
-    """Every square and action by hand: on ice a random direction with probability slip; edge and tree stop a step."""
+    """Every square and action by hand: on ice a random direction with probability slip; edge and
+    tree stop a step."""
     world = make_world(slip, tree)
     height, width = len(MAP), len(MAP[0])
     for y in range(height):
@@ -380,7 +401,8 @@ def test_demonstrations_are_draws_from_the_policy_and_the_world():
     assert (world.transitions[states[:, :-1], actions[:, :-1], states[:, 1:]] > 0).all()
     of_each = world.kinds[states, actions].sum(1)
     error = of_each.std(0) / math.sqrt(4000)
-    assert (np.abs(of_each.mean(0) - expected(world.kinds, policy, world.transitions, world.start)) < 4 * error).all()
+    mu = expected(world.kinds, policy, world.transitions, world.start)
+    assert (np.abs(of_each.mean(0) - mu) < 4 * error).all()
     best, _, actions = irl.demonstrate(Config(), world, "optimal", 1)
     assert np.array_equal(best, best_policy(world.rewards, world.transitions, 20))
     _, again, _ = irl.demonstrate(Config(demonstrations=10), world, "optimal", 1)
@@ -391,12 +413,13 @@ def test_worth_is_0_at_random_and_1_at_the_best():
     world = make_world(0.5)
     best = best_policy(world.rewards, world.transitions, 20)
     random = np.full((20, 45, 4), 0.25)
-    assert irl.worth(random, world) == pytest.approx(0) and irl.worth(best, world) == pytest.approx(1)
-    assert 0.8 < irl.worth(best, make_world(0.0)) < 0.9  # it goes round a lake that no longer needs it
+    assert irl.worth(random, world) == pytest.approx(0)
+    assert irl.worth(best, world) == pytest.approx(1)
+    assert 0.8 < irl.worth(best, make_world(0.0)) < 0.9  # it goes round a lake that it could cross
     assert 0.7 < irl.worth(best, make_world(0.5, tree=True)) < 0.8
 
 
-# ---- the result ------------------------------------------------------------------------------------------------------
+# ---- the result ----------------------------------------------------------------------------------
 
 SMALL = {"demonstrations": 3, "seeds": 2}
 
@@ -406,8 +429,8 @@ def small(tmp_path_factory):
     """The command as a shell runs it: its folder, its rows and what it prints."""
     work = tmp_path_factory.mktemp("work")
     flags = [x for name, value in SMALL.items() for x in ("--" + name, str(value))]
-    done = subprocess.run([sys.executable, clone.ROOT / "irl.py", *flags], cwd=work, text=True, capture_output=True,
-                          env=clone.environment())
+    done = subprocess.run([sys.executable, clone.ROOT / "irl.py", *flags], cwd=work, text=True,
+                          capture_output=True, env=clone.environment())
     assert done.returncode == 0 and "Error" not in done.stderr, done.stderr
     folder = work / Config(**SMALL).out
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
@@ -419,7 +442,8 @@ def test_a_run_leaves_rows_and_a_figure_and_prints_every_mean(small):
     assert sorted(path.name for path in folder.iterdir()) == ["figure.png", "results.jsonl"]
     assert (folder / "figure.png").stat().st_size > 50_000
     config = Config(**SMALL)
-    assert irl.counts(config) == [1, 3] and irl.counts(Config(demonstrations=70)) == [1, 3, 10, 30, 70]
+    assert irl.counts(config) == [1, 3]
+    assert irl.counts(Config(demonstrations=70)) == [1, 3, 10, 30, 70]
     assert rows[:7] == irl.ambiguity(config)
     worlds = [row for row in rows if "world" in row]
     assert len(worlds) == 2 * 2 * 2 * 3 and len(rows) == 7 + len(worlds) + 2 * 2 * 2
@@ -428,7 +452,8 @@ def test_a_run_leaves_rows_and_a_figure_and_prints_every_mean(small):
             for method in irl.METHODS:
                 two = irl.values(rows, method, expert=expert, world=world, demonstrations=3)
                 assert len(two) == 2
-                assert f"{100 * np.mean(two):.1f} ± {100 * abs(two[0] - two[1]) / 2:.1f}" in printed
+                error = abs(two[0] - two[1]) / 2
+                assert f"{100 * np.mean(two):.1f} ± {100 * error:.1f}" in printed
 
 
 def test_a_run_can_be_had_again(small):
@@ -440,8 +465,8 @@ def test_a_run_can_be_had_again(small):
 
 
 def test_the_rewards_that_max_ent_learns_are_followed_where_cloning_fails(monkeypatch):
-    """The result, with 30 demonstrations: after a change the four weights are near the optimum, and the copy is as far from
-    it as its expert."""
+    """The result, with 30 demonstrations: after a change the four weights are near the optimum, and
+    the copy is as far from it as its expert."""
     monkeypatch.setattr(irl, "counts", lambda _: [30])
     rows = irl.experiment(Config(), "optimal", 0) + irl.experiment(Config(), "noisy", 0)
     for world, expert_itself in ((irl.WORLDS[1], 0.851), (irl.WORLDS[2], 0.744)):
@@ -452,21 +477,37 @@ def test_the_rewards_that_max_ent_learns_are_followed_where_cloning_fails(monkey
     assert one["max-ent"] > 0.95 > 0.6 > one["cloning"]
 
 
+def test_a_reward_that_explains_the_old_world_may_lead_astray_in_the_new_one():
+    """A weight a square, seed 1: some square of ice seems better than the hut. As long as it is
+    slippery nobody can stay there, and the plan is a good one; once it has melted the walker
+    stays."""
+    config, shown, melted = Config(), make_world(0.5), make_world(0.0)
+    _, states, actions = irl.demonstrate(config, shown, "optimal", 1)
+    (_, rewards), = irl.learn(config, shown, states, actions)["max-ent, a weight a square"]
+    ground = np.array(list("".join(MAP)))
+    assert rewards[ground == "~"].max() > rewards[ground == "G"].max()
+    assert irl.worth(best_policy(rewards, shown.transitions, 20), shown) > 0.98
+    plan = best_policy(rewards, melted.transitions, 20)
+    steps = visits(plan, melted.transitions, melted.west).sum((0, 2))
+    assert steps[ground == "~"].sum() > 13 and steps[ground == "G"].sum() == 0
+
+
 def test_the_noisy_experts_commonest_actions_are_not_the_best_ones():
-    """Why cloning them stops at 0.54: they are the best for a walker who will go on making mistakes."""
+    """Why cloning them stops at 0.54: they are best for a walker who will go on making mistakes."""
     world = make_world(0.5)
     policy = soft_policy(world.rewards, world.transitions, 20)
     often = visits(policy, world.transitions, world.start).sum(0)
     commonest = np.repeat((often == often.max(1, keepdims=True))[None], 20, 0)
-    assert irl.worth(commonest / commonest.sum(2, keepdims=True), world) == pytest.approx(0.537, abs=5e-4)
+    own = irl.worth(commonest / commonest.sum(2, keepdims=True), world)
+    assert own == pytest.approx(0.537, abs=5e-4)
 
 
-# ---- settings --------------------------------------------------------------------------------------------------------
+# ---- settings ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("arguments", [
-    "--slip -0.1", "--slip 1.1", "--slip nan", "--horizon 4", "--horizon 201", "--horizon 7.5", "--demonstrations 0",
-    "--demonstrations 10001", "--rationality 0", "--rationality 101", "--prior 0", "--prior 101", "--prior inf",
-    "--seeds 1", "--seeds 1001", "--seed -1"])
+    "--slip -0.1", "--slip 1.1", "--slip nan", "--horizon 4", "--horizon 201", "--horizon 7.5",
+    "--demonstrations 0", "--demonstrations 10001", "--rationality 0", "--rationality 101",
+    "--prior 0", "--prior 101", "--prior inf", "--seeds 1", "--seeds 1001", "--seed -1"])
 def test_a_bad_setting_is_one_line(arguments):
     with pytest.raises(SystemExit) as stopped:
         parse(Config, "", arguments.split())
@@ -474,8 +515,9 @@ def test_a_bad_setting_is_one_line(arguments):
     assert message.startswith("error: ") and arguments.split()[0] in message and "\n" not in message
 
 
-@pytest.mark.parametrize("arguments", ["--slip 0 --rationality 100", "--slip 1 --horizon 5", "--prior 100 --horizon 8",
-                                       "--prior 0.01 --rationality 0.001"])
+@pytest.mark.parametrize("arguments", [
+    "--slip 0 --rationality 100", "--slip 1 --horizon 5", "--prior 100 --horizon 8",
+    "--prior 0.01 --rationality 0.001"])
 def test_the_least_and_the_largest_settings_work(arguments):
     config = parse(Config, "", ["--demonstrations", "1", *arguments.split()])
     for expert in irl.EXPERTS:
@@ -487,7 +529,8 @@ def test_a_fit_that_does_not_end_is_one_line(monkeypatch):
     def never(*_):
         raise ArithmeticError("Newton's method has not converged")
     monkeypatch.setattr(irl, "newton", never)
-    with pytest.raises(SystemExit, match="^error: --prior 3.0: Newton's method has not converged; try a smaller one$"):
+    said = "^error: --prior 3.0: Newton's method has not converged; try a smaller one$"
+    with pytest.raises(SystemExit, match=said):
         irl.experiment(Config(), "noisy", 0)
 
 
