@@ -685,6 +685,53 @@ def dagger():
            f"{pm(laps('cloning', 2960), '.0f')}%")
 
 
+def irl():
+    counts = (1, 3, 10, 30, 100)
+    worlds = {"as shown": "as shown", "the ice has melted": "ice melted", "a tree has fallen": "tree fallen"}
+    methods = ("cloning", "projection", "max-ent", "max-ent, a weight a square")
+
+    def worth(method, n=100, expert="optimal", world="as shown", prior=""):
+        own = rows(f"irl/{prior}results.jsonl", expert=expert, world=world, demonstrations=n)
+        assert len(own) == 20
+        return pm([100 * one[method] for one in own], ".1f")
+
+    for world, label in worlds.items():
+        for method in methods:
+            yield cells(f"{label}: {method}" if method == "cloning" else method, [worth(method, n, world=world) for n in counts])
+    for method in methods:
+        yield cells(method, [worth(method, n, expert="noisy") for n in counts])
+
+    def itself(world, expert="optimal"):
+        value, = {f"{100 * one['the expert itself']:.1f}" for one in rows("irl/results.jsonl", expert=expert, world=world)}
+        return value
+
+    thaw, tree = "the ice has melted", "a tree has fallen"
+    shown = [one for one in read("irl/results.jsonl") if "reward" in one]
+    assert [one.get("optimal", one.get("optimal_for")) for one in shown] == [True, True, True, False, True, False, 0]
+    yield (f"With one demonstration max-ent is at {worth('max-ent', 1)} and cloning at {worth('cloning', 1)}, and cloning needs 30 "
+           f"for {worth('cloning', 30)}")
+    yield (f"An expert that goes on as before is at {itself(thaw)} when the ice has melted, and at {itself(tree)} with a tree across "
+           f"the way. Its copy ends at {worth('cloning', world=thaw)} and {worth('cloning', world=tree)}")
+    yield (f"max-ent plans anew, and is at {worth('max-ent', world=thaw)} and {worth('max-ent', world=tree)}, projection at "
+           f"{worth('projection', world=thaw)} and {worth('projection', world=tree)}")
+    lost = [one["max-ent, a weight a square"] < 0.5
+            for one in rows("irl/results.jsonl", expert="optimal", world=thaw, demonstrations=100)]
+    assert sum(lost) == 7
+    square = "max-ent, a weight a square"
+    yield (f"With a weight for each square max-ent is as good in the world that was shown ({worth(square)}), and worse than the copy "
+           f"when the ice has melted: {worth(square, world=thaw)}")
+    yield "In 7 of the 20 seeds"
+    yield (f"With a standard deviation of 1 in place of 3 a weight a square is at {worth(square, world=thaw, prior='prior-1/')} when "
+           f"the ice has melted, with 10 at {worth(square, world=thaw, prior='prior-10/')}; four weights are at "
+           f"{worth('max-ent', world=thaw, prior='prior-1/')} and {worth('max-ent', world=thaw, prior='prior-10/')}")
+    yield (f"The expert itself is at {itself('as shown', 'noisy')}. Its copy ends at {worth('cloning', expert='noisy')} and "
+           f"projection at {worth('projection', expert='noisy')}, while max-ent's plan is at {worth('max-ent', expert='noisy')}")
+    for expert in ("optimal", "noisy"):
+        own = [one for one in rows("irl/results.jsonl", expert=expert, demonstrations=100) if "hut" in one]
+        yield cells(f"max-ent, {expert} expert", [pm(column(own, kind), ".2f").replace("-", "−")
+                                                  for kind in ("hut", "hole", "mud", "ice")])
+
+
 def distill():
     for label, path, method, form in (
             ("8,000 labelled responses: cloning", "distill/results.jsonl", "cloning", ".2f"),
@@ -974,6 +1021,7 @@ CLAIMS = {
     "results/dueling/README.md": dueling,
     "results/preference-rl/README.md": preference_rl,
     "results/dagger/README.md": dagger,
+    "results/irl/README.md": irl,
     "results/distill/README.md": distill,
     "results/bench/README.md": bench,
     "results/memory/README.md": memory,
