@@ -447,7 +447,7 @@ def print_line(label: str, cells: list[str]) -> None:
 def draw(rows: list[dict], config: Config, path: Path) -> None:
     """The reward learned for each square; what each method is worth, against demonstrations."""
     panels = [("optimal", world) for world in WORLDS] + [("noisy", "as shown")]
-    with figure(path, 6, width=4, height=4) as (_, axes):
+    with figure(path, 3, width=4, height=4, rows=2) as (_, axes):
         world = make_world(config.slip)
         for axis, expert in zip(axes[:2], EXPERTS):
             _, states, actions = demonstrate(config, world, expert, config.seed)
@@ -467,7 +467,8 @@ def draw(rows: list[dict], config: Config, path: Path) -> None:
             axis.axhline(own[0], color="black", linestyle="--", label="the expert, as before")
             axis.set(xscale="log", xlabel="demonstrations", ylim=(-0.05, 1.05),
                      title=f"{expert} expert,\n{name}")
-        axes[2].set_ylabel("value: random actions 0, the best 1")
+        for axis in (axes[2], axes[3]):
+            axis.set_ylabel("value: random actions 0, the best 1")
         axes[2].legend()
 
 

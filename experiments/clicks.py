@@ -311,7 +311,7 @@ def geometric(values: list[float]) -> float:
 
 def draw(rows: list[dict], curves: dict[str, np.ndarray], path: Path) -> None:
     """Share right against impressions for three users; the bandits' regret."""
-    with figure(path, 4, width=4.6) as (_, (*axes, last)):
+    with figure(path, 2, width=4.6, rows=2) as (_, (*axes, last)):
         for axis, user in zip(axes, ("navigational", "leaves anyway", "never leaves")):
             for method in (*METHODS, *ABSOLUTE):
                 shares = np.array([of(rows, f"right_{n}", user, method) for n in SIZES])
