@@ -267,15 +267,17 @@ def with_constant(boards: np.ndarray) -> np.ndarray:
 # ---- the experiment ------------------------------------------------------------------------------
 
 MAIN = {"learner": "step", "standard": "best tenth", "wrong": 0.1, "shuffled": False}
+CONTROLS = {"step": {}, "ridge, penalty 10": {"learner": "ridge"},
+            "step, a standard that moves": {"standard": "moving"}}
+ALONE = {"policy iteration": policy_iteration, "cross-entropy": cross_entropy}
 
 
 def conditions() -> list[dict]:
     """TAMER as in the table, and its controls."""
-    found = [MAIN | {"wrong": wrong} for wrong in WRONG]
-    found += [MAIN | {"learner": "ridge", "wrong": wrong} for wrong in WRONG]
-    found += [MAIN | {"standard": "moving", "wrong": wrong} for wrong in WRONG]
-    found += [MAIN | {"wrong": 0.0, "shuffled": True}]
-    return found
+    found = []
+    for control in CONTROLS.values():
+        found += [MAIN | control | {"wrong": wrong} for wrong in WRONG]
+    return found + [MAIN | {"wrong": 0.0, "shuffled": True}]
 
 
 def experiment(config: Config) -> list[dict]:
@@ -309,9 +311,6 @@ def experiment(config: Config) -> list[dict]:
     return rows
 
 
-ALONE = {"policy iteration": policy_iteration, "cross-entropy": cross_entropy}
-
-
 def select_rows(rows: list[dict], **where: object) -> list[dict]:
     """The rows whose fields are as `where` says."""
     return [row for row in rows if where.items() <= row.items()]
@@ -340,14 +339,21 @@ def table(rows: list[dict]) -> dict[str, list[dict]]:
     return lines
 
 
-CONTROLS = {"step": {}, "ridge, penalty 10": {"learner": "ridge"},
-            "step, a standard that moves": {"standard": "moving"}}
+def by_errors(rows: list[dict], condition: dict) -> list[tuple[float, float]]:
+    """Lines at game 3 with their standard errors, for every share of wrong answers."""
+    return [summary(select_rows(rows, **MAIN | condition | {"wrong": wrong}))["third"]
+            for wrong in WRONG]
+
+
+def shuffled(rows: list[dict]) -> tuple[float, float]:
+    """Lines at game 3 where an answer belongs to another placement."""
+    return summary(select_rows(rows, shuffled=True))["third"]
 
 
 def print_tables(rows: list[dict], config: Config) -> None:
     """Both tables: the methods, and what a trainer's errors cost."""
-    print(f"\nlines a game, mean of {config.seeds} seeds; games of up to {config.pieces} pieces, the "
-          f"last column {config.long:,}\n")
+    print(f"\nlines a game, mean of {config.seeds} seeds; games of up to {config.pieces} pieces, "
+          f"finished players' of up to {config.long:,}\n")
     heads = ("at game 3", "at the peak", "games to it", "finished")
     print(f"{'':22}" + "".join(f"{head:>16}" for head in heads))
     for name, of_method in table(rows).items():
@@ -362,13 +368,10 @@ def print_tables(rows: list[dict], config: Config) -> None:
     print("\nTAMER at game 3, by the share of the trainer's answers that are wrong\n")
     print(f"{'':28}" + "".join(f"{f'{wrong:.0%}':>16}" for wrong in WRONG))
     for name, condition in CONTROLS.items():
-        line = f"{name:28}"
-        for wrong in WRONG:
-            found = summary(select_rows(rows, **MAIN | condition | {"wrong": wrong}))
-            line += "{:>16}".format("{:.1f} ± {:.1f}".format(*found["third"]))
-        print(line)
-    found = summary(select_rows(rows, shuffled=True))
-    print("{:28}{:>16}".format("step, answers shuffled", "{:.1f} ± {:.1f}".format(*found["third"])))
+        cells = [f"{mean:.1f} ± {error:.1f}" for mean, error in by_errors(rows, condition)]
+        print(f"{name:28}" + "".join(f"{cell:>16}" for cell in cells))
+    mean, error = shuffled(rows)
+    print(f"{'step, answers shuffled':28}{f'{mean:.1f} ± {error:.1f}':>16}")
 
 
 def draw(rows: list[dict], config: Config, path: Path) -> None:
@@ -392,12 +395,10 @@ def draw(rows: list[dict], config: Config, path: Path) -> None:
                         label=f"most in {config.pieces} pieces")
         methods.legend(fontsize=7)
         for name, condition in CONTROLS.items():
-            cells = [summary(select_rows(rows, **MAIN | condition | {"wrong": wrong}))["third"]
-                     for wrong in WRONG]
-            mean, error = np.array(cells).T
+            mean, error = np.array(by_errors(rows, condition)).T
             errors.errorbar(100 * np.array(WRONG), mean, error, fmt="o-", capsize=3, markersize=4,
                             label=name)
-        mean, error = summary(select_rows(rows, shuffled=True))["third"]
+        mean, error = shuffled(rows)
         errors.errorbar([0], [mean], [error], fmt="s", color="black", label="step, shuffled")
         errors.set(xlabel="% of the trainer's answers that are wrong", ylabel="lines at game 3",
                    title="what a trainer's errors cost")

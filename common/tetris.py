@@ -253,7 +253,8 @@ class Seen(NamedTuple):
 
 
 LOG_PIECES = "IOTZSJL"  # the numbers 0 to 6 of the logs
-LOG_ROW = re.compile(r"\[([\d, -]+)\]:\[\]:\[[\d, ]*\]:\[\]:[\d.]+:\[([^]]*)\]:(?:true|false):[\d.]+")
+LOG_ROW = re.compile(r"\[([\d, -]+)\]:\[\]:\[[\d, ]*\]:\[\]:[\d.]+:\[([^]]*)\]:"
+                     r"(?:true|false):[\d.]+")
 LOG_EXPECTED = ("expected [200 cells, 1, piece, rotation, x, y, 10, 20]:[]:[moves]:[]:lines:"
                 "[{+1 or -1 @ time}, ...]:true:time")
 
