@@ -3,16 +3,16 @@
     h_t in {+1, -1, nothing}     what the trainer says of the placement before      (the label)
     x_t = f(board after) - f(board before)                                         (46 features)
     Hhat(x) = w x + b            predicts what the trainer would say
-    w <- w + alpha (h_t - Hhat(x_t)) x_t                       (Knox and Stone 2008, Algorithm 2)
+    w <- w + alpha (h_t - Hhat(x_t)) x_t                                  (Knox and Stone 2008)
     act: the placement with the highest Hhat
 
 Here gamma is 0: nothing is summed over the future, because the trainer has already looked there.
 "Bad" of a placement means that it will cost lines later; it is nearer to an advantage than to a
 reward (MacGlashan et al. 2017). What a trainer says is a label, and learning from it regression.
 
-    python tamer.py                  # TAMER beside methods that learn alone; about a minute
+    python tamer.py                  # TAMER beside methods that learn alone; a minute or two
     python tamer.py --human          # you are the trainer: + and - while it plays; q ends
-    python tamer.py --replay FILE    # learn from a log of a person's key presses; some seconds
+    python tamer.py --replay FILE    # learn from a log of a person's key presses; half a minute
 
 The trainer of the first command is simulated: it judges by the weights of El-Tetris, a known good
 player, says +1 where the placement is among the best tenth of all that the piece has and -1
@@ -27,12 +27,14 @@ Neither changes anything before its 100th game: at game 3 they play as they bega
 
 Differs from the papers: alpha is the step of the authors' later program, 0.000005 / 47. As that is
 tiny, w is nearly alpha * sum of h x: ridge regression with a penalty of 1 / alpha. The table has
-ridge regression with a penalty of 10 as well. Pieces drop straight down; heights, not depths.
+ridge regression with a penalty of 10 as well. Pieces drop straight down (nothing is slid under an
+overhang), and a game ends only where a piece fits nowhere. Policy iteration is by least squares,
+with the same features; in the lecture's table it is Bertsekas and Ioffe's.
 
 Symbols: h, label; x (46,), change of the features; a game ends after --pieces at the latest, and a
 line takes 2.5 of them, so no game here has more than 0.4 * --pieces lines.
 
-Writes  runs/tamer/ : results.jsonl, figure.png (nothing with --human and --replay)
+Writes  runs/tamer/ : results.jsonl, figure.png; with --replay replay-<log>.jsonl
 """
 from __future__ import annotations
 
@@ -82,7 +84,7 @@ class Config:
     games: int = 5  # Games that TAMER is trained for.
     generations: int = 12  # Generations of cross-entropy and of policy iteration, 100 games each.
     silent: float = 0.5  # Share of the placements of which the simulated trainer says nothing.
-    long: int = 20_000  # Pieces after which a game of a finished player is stopped.
+    long: int = 10_000  # Pieces after which a game of a finished player is stopped.
     seeds: int = 4  # Repetitions, over which standard errors are computed.
     seed: int = 0  # First seed.
 
@@ -410,17 +412,28 @@ def draw(rows: list[dict], config: Config, path: Path) -> None:
 def replay(config: Config) -> None:
     """Learn from the key presses of a log, and play 30 games with what was learned."""
     games = read_log(config.replay)
-    rows = [seen for game in games for seen in game]
-    print(f"{config.replay}: {len(games)} games, {len(rows)} placements, "
-          f"{sum(seen.h > 0 for seen in rows)} praised, {sum(seen.h < 0 for seen in rows)} blamed")
-    print(f"lines of 30 games of up to {config.long:,} pieces")
+    check_writable(config.out)
+    seen = [one for game in games for one in game]
+    print(f"{config.replay}: {len(games)} games, {len(seen)} placements, "
+          f"{sum(one.h > 0 for one in seen)} praised, {sum(one.h < 0 for one in seen)} blamed")
+    print(f"\nlines, mean of 30 games of up to {config.long:,} pieces")
+    rows = []
     for name, learner, late in (("step, label to the placement before", GradientStep(), 1),
                                 ("step, label to the falling piece", GradientStep(), 0),
                                 ("ridge, label to the placement before", Ridge(), 1)):
         learn_from_log(learner, games, late)
-        weights = np.tile(np.append(0.0, learner.weights), (30, 1))
-        lines = play(outcome, weights, config.long, np.random.default_rng(config.seed))
-        print("  {:40}{:10.2f} ± {:.2f}".format(name, *mean_se(lines)))
+        lines = play_alone(learner, config)
+        rows.append({"log": Path(config.replay).name, "learner": name, "lines": lines.tolist()})
+        print("  {:36}{:10.2f} ± {:.2f}".format(name, *mean_se(lines)))
+    log = Path(config.replay).name.removesuffix(".xz").removesuffix(".log")
+    write_jsonl(Path(config.out) / f"replay-{log}.jsonl", rows)
+    print(f"\nrows  ->  {config.out}")
+
+
+def play_alone(learner, config: Config) -> np.ndarray:
+    """Lines of 30 games of a finished learner: (30,)."""
+    weights = np.tile(np.append(0.0, learner.weights), (30, 1))
+    return play(outcome, weights, config.long, np.random.default_rng(config.seed))
 
 
 def learn_from_log(learner, games: list[list], late: int) -> None:
@@ -441,6 +454,7 @@ class Person:
     def __init__(self, seconds: float):
         self.seconds = seconds
         self.said = {1: 0, -1: 0}
+        self.lines = 0
         if termios is None or sys.stdin is None or not sys.stdin.isatty():
             fail("--human: needs a terminal, in which keys can be read one by one")
 
@@ -454,8 +468,10 @@ class Person:
 
     def says(self, board: np.ndarray, tried: Candidates, chosen: int) -> int:
         """Shows a placement, and waits for a key. Raises EOFError at q, and if there is no more."""
+        self.lines += int(tried.lines[chosen])
         print("\x1b[H\x1b[2J" + picture(tried.landed[chosen], board[0]), flush=True)
-        print(f"good {self.said[1]}   bad {self.said[-1]}      + good   - bad   q quit", flush=True)
+        print(f"lines {self.lines}   good {self.said[1]}   bad {self.said[-1]}      "
+              "+ good   - bad   q quit", flush=True)
         if not select.select([sys.stdin], [], [], self.seconds)[0]:
             return 0
         key = os.read(sys.stdin.fileno(), 1).decode("latin-1").lower()
@@ -475,10 +491,9 @@ def human(config: Config) -> None:
             tamer(learner, person, config.games, config.pieces, np.random.default_rng(config.seed))
         except EOFError:
             pass  # the person has had enough
-    weights = np.tile(np.append(0.0, learner.weights), (30, 1))
-    lines = play(outcome, weights, config.long, np.random.default_rng(config.seed))
+    lines = play_alone(learner, config)
     print(f"You said good {person.said[1]} times, and bad {person.said[-1]} times. Alone it now "
-          "clears {:.1f} ± {:.1f} lines, mean of 30 games.".format(*mean_se(lines)))
+          "clears {:.1f} ± {:.1f} lines a game.".format(*mean_se(lines)))
 
 
 def main(config: Config) -> None:

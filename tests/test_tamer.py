@@ -43,7 +43,7 @@ def test_it_needs_numpy_only():
 
 
 # ---- a slow board --------------------------------------------------------------------------------
-# The cells of each piece, (x, y) with y upwards, written down once more; turned by (x, y) -> (-y, x)
+# The cells of each piece, (x, y) with y upwards, written down again; a turn is (x, y) -> (-y, x)
 
 CELLS = {"I": {(0, 0), (1, 0), (2, 0), (3, 0)}, "O": {(0, 0), (1, 0), (0, 1), (1, 1)},
          "T": {(0, 0), (1, 0), (2, 0), (1, 1)}, "S": {(0, 0), (1, 0), (1, 1), (2, 1)},
@@ -63,7 +63,7 @@ def slow_rotations(name):
 
 
 def slow_placements(filled, name):
-    """(cells after, lines, lowest row, rows taken) of every placement; filled is a set of (x, y)."""
+    """(cells after, lines, lowest row, rows taken) of every placement; filled: a set of (x, y)."""
     found = []
     for shape in slow_rotations(name):
         for column in range(WIDTH - max(x for x, _ in shape)):
@@ -85,7 +85,7 @@ def cells_of(board):
     return frozenset((x, y) for x in range(WIDTH) for y in range(HEIGHT + 4) if board[x] >> y & 1)
 
 
-def boards_of_play(rng, count=40):
+def boards_of_play(rng, count=12):
     """Boards as they occur, by random play and by good play."""
     boards = []
     for weights in (0 * EL_TETRIS, EL_TETRIS):
@@ -361,15 +361,8 @@ class Recorder:
 
 def test_a_label_goes_to_the_placement_that_was_seen_and_silence_teaches_nothing(rng):
     both = Recorder(rng)
-    weights = [both.weights]
-    plain = both.learn
-
-    def learn(x, h):
-        plain(x, h)
-        weights.append(both.weights)
-    both.learn = learn
     tamer.tamer(both, both, 3, 25, np.random.default_rng(1))
-    before, used = None, 0
+    before = None
     assert len(both.events) > 60
     for event, following in zip(both.events, [*both.events[1:], None]):
         if event[0] == "learn":
@@ -523,8 +516,8 @@ def test_presses_are_credited_to_the_placement_before_the_falling_one(tmp_path):
 @needs_logs
 @pytest.mark.parametrize("name", LOGS)
 def test_real_games_obey_this_boards_rules(name):
-    """Each placement of a log is one of ours, but where a piece was slid under an overhang, or
-    stopped by the pile on its way to its column."""
+    """Each placement of a log is one of ours, but where a piece was slid under an overhang: in the
+    new board there is something above it (or a row was cleared, and the piece cannot be told)."""
     path, = DATA.glob(f"tetris{name}-*")
     games, rows, slid = LOGS[name]
     log, found = read_log(path), 0
@@ -555,17 +548,23 @@ def test_the_log_of_a_good_trainer_teaches_only_with_its_credit_one_placement_la
 
 
 @needs_logs
-def test_replay(capsys):
+def test_replay(tmp_path, monkeypatch, capsys):
     path, = DATA.glob("tetrisz130-*")
+    monkeypatch.chdir(tmp_path)
     tamer.main(parse(Config, "", ["--replay", str(path), "--long", "500"]))
     shown = capsys.readouterr().out
-    assert "52 games, 952 placements" in shown and len(shown.splitlines()) == 5
+    assert "52 games, 952 placements, 67 praised, 106 blamed" in shown
+    file, = Path("runs/tamer-long500").iterdir()
+    assert file.name == "replay-tetrisz130-2-0.06.jsonl"
+    for row in map(json.loads, file.open()):
+        assert len(row["lines"]) == 30 and row["log"] == path.name
+        assert f"{row['learner']:38}" in shown
 
 
 # ---- the terminal --------------------------------------------------------------------------------
 
 def on_a_terminal(tmp_path, *keys):
-    """tamer.py --human in a pseudo-terminal, with these keys, each typed when a board is shown. What
+    """tamer.py --human in a pseudo-terminal; each of the keys is typed when a board is shown. What
     it showed, its exit status, and the terminal's settings before and after."""
     termios, pty = pytest.importorskip("termios"), pytest.importorskip("pty")
     master, slave = pty.openpty()
