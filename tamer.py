@@ -270,16 +270,14 @@ def with_constant(boards: np.ndarray) -> np.ndarray:
 
 MAIN = {"learner": "step", "standard": "best tenth", "wrong": 0.1, "shuffled": False}
 CONTROLS = {"step": {}, "ridge, penalty 10": {"learner": "ridge"},
-            "step, a standard that moves": {"standard": "moving"}}
+            "step, a standard that moves": {"standard": "moving"},
+            "step, answers shuffled": {"shuffled": True}}
 ALONE = {"policy iteration": policy_iteration, "cross-entropy": cross_entropy}
 
 
 def conditions() -> list[dict]:
     """TAMER as in the table, and its controls."""
-    found = []
-    for control in CONTROLS.values():
-        found += [MAIN | control | {"wrong": wrong} for wrong in WRONG]
-    return found + [MAIN | {"wrong": 0.0, "shuffled": True}]
+    return [MAIN | control | {"wrong": wrong} for control in CONTROLS.values() for wrong in WRONG]
 
 
 def experiment(config: Config) -> list[dict]:
@@ -333,23 +331,17 @@ def summary(rows: list[dict]) -> dict:
 
 def table(rows: list[dict]) -> dict[str, list[dict]]:
     """The rows of every line of the first table."""
-    lines = {"random player": select_rows(rows, method="random player"),
-             "TAMER": select_rows(rows, **MAIN),
-             "TAMER, ridge": select_rows(rows, **MAIN | {"learner": "ridge"})}
-    for method in ALONE:
-        lines[method] = select_rows(rows, method=method)
-    return lines
+    wheres = {"random player": {"method": "random player"},
+              "TAMER": MAIN, "TAMER, ridge": MAIN | {"learner": "ridge"},
+              "policy iteration": {"method": "policy iteration"},
+              "cross-entropy": {"method": "cross-entropy"}}
+    return {name: select_rows(rows, **where) for name, where in wheres.items()}
 
 
 def by_errors(rows: list[dict], condition: dict) -> list[tuple[float, float]]:
-    """Lines at game 3 with their standard errors, for every share of wrong answers."""
+    """TAMER's lines at game 3 with their standard errors, for every share of wrong answers."""
     return [summary(select_rows(rows, **MAIN | condition | {"wrong": wrong}))["third"]
             for wrong in WRONG]
-
-
-def shuffled(rows: list[dict]) -> tuple[float, float]:
-    """Lines at game 3 where an answer belongs to another placement."""
-    return summary(select_rows(rows, shuffled=True))["third"]
 
 
 def print_tables(rows: list[dict], config: Config) -> None:
@@ -372,36 +364,25 @@ def print_tables(rows: list[dict], config: Config) -> None:
     for name, condition in CONTROLS.items():
         cells = [f"{mean:.1f} ± {error:.1f}" for mean, error in by_errors(rows, condition)]
         print(f"{name:28}" + "".join(f"{cell:>16}" for cell in cells))
-    mean, error = shuffled(rows)
-    print(f"{'step, answers shuffled':28}{f'{mean:.1f} ± {error:.1f}':>16}")
 
 
 def draw(rows: list[dict], config: Config, path: Path) -> None:
     """Lines against games of all methods; TAMER's games by the trainer's errors."""
     with figure(path, 2, width=6) as (_, (methods, errors)):
         for name, of_method in table(rows).items():
-            curves = np.array([row["lines"] for row in of_method], float)
-            games = of_method[0]["games"]
-            x = games * (np.arange(curves.shape[1]) + 1)
-            mean, error = mean_se(curves, axis=0)
-            if name == "random player":  # does not change
-                x, mean, error = [1, GAMES * config.generations], mean[[0, 0]], error[[0, 0]]
-            elif games > 1:  # nothing is learned before the first point
-                x, mean, error = np.append(1, x), mean[[0, *range(len(mean))]], np.append(0, error)
-            methods.errorbar(x, np.maximum(mean, 0.01), error, fmt="o-", capsize=3, markersize=4,
-                             label=name)
+            mean, error = mean_se(np.array([row["lines"] for row in of_method], float), axis=0)
+            x = of_method[0]["games"] * np.arange(1, len(mean) + 1)
+            methods.errorbar(x, mean, error, fmt="o-", capsize=3, markersize=4, label=name)
         methods.plot(3, 65.89, "k*", markersize=10, label="TAMER, a person (Lecture 8)")
-        methods.set(xscale="log", yscale="log", xlabel="games", ylabel="lines a game",
-                    ylim=(0.03, config.pieces), title="a trainer, and learning alone")
-        methods.axhline(0.4 * config.pieces, color="grey", linestyle=":",
-                        label=f"most in {config.pieces} pieces")
+        most = 0.4 * config.pieces
+        methods.axhline(most, color="grey", linestyle=":", label=f"most in {config.pieces} pieces")
+        methods.set(xscale="log", yscale="log", ylim=(0.03, 2 * most), xlabel="games",
+                    ylabel="lines a game", title="a trainer, and learning alone")
         methods.legend(fontsize=7)
         for name, condition in CONTROLS.items():
             mean, error = np.array(by_errors(rows, condition)).T
             errors.errorbar(100 * np.array(WRONG), mean, error, fmt="o-", capsize=3, markersize=4,
                             label=name)
-        mean, error = shuffled(rows)
-        errors.errorbar([0], [mean], [error], fmt="s", color="black", label="step, shuffled")
         errors.set(xlabel="% of the trainer's answers that are wrong", ylabel="lines at game 3",
                    title="what a trainer's errors cost")
         errors.legend(fontsize=8)

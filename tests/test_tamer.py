@@ -623,7 +623,7 @@ def test_the_command_in_small(tmp_path):
     assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(tmp_path / "there")) == ["figure.png", "results.jsonl"]
     rows = [json.loads(line) for line in (tmp_path / "there/results.jsonl").open()]
-    assert len(rows) == 2 * (13 + 3) and {row["seed"] for row in rows} == {3, 4}
+    assert len(rows) == 2 * (16 + 3) and {row["seed"] for row in rows} == {3, 4}
     for row in rows:
         assert len(row["lines"]) == {"TAMER": 3, "random player": 1}.get(row["method"], 2)
         assert 0 <= max(row["lines"]) <= 16 and 0 <= row["long"] <= 24  # 2.5 pieces a line
