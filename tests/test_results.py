@@ -617,6 +617,45 @@ def dagger():
            f"{pm(laps('cloning', 2960), '.0f')}%")
 
 
+def tamer():
+    import tamer as script
+    found = read("tamer/results.jsonl")
+    assert len(found) == 8 * (16 + 3) and all(len(one["lines"]) == 20 for one in found if one["method"] in script.ALONE)
+    table = {name: script.summary(of_method) for name, of_method in script.table(found).items()}
+    for name, one in table.items():
+        yield cells(name, ["{:.1f} ± {:.1f}".format(*one[point]) for point in ("third", "peak")], f"{one['games']:,}",
+                    "{:,.0f} ± {:,.0f}".format(*one["long"]))
+    for name, published in script.PUBLISHED.items():
+        yield cells(f"*Lecture 8: {name}*", list(published))
+    third = {name: one["third"][0] for name, one in table.items()}
+    yield (f"At game 3 TAMER clears {third['TAMER']:.0f} lines, cross-entropy {third['cross-entropy']:.1f} and policy iteration "
+           f"{third['policy iteration']:.1f}")
+    yield (f"cross-entropy clears {table['cross-entropy']['long'][0]:,.0f} lines in games of up to 20,000 pieces, TAMER "
+           f"{table['TAMER']['long'][0]:,.0f}")
+
+    errors = {name: script.by_errors(found, condition) for name, condition in script.CONTROLS.items()}
+    for name, of_shares in errors.items():
+        yield cells(name, ["{:.1f} ± {:.1f}".format(*one) for one in of_shares])
+
+    def thirds(share):
+        one = script.select_rows(found, **script.MAIN | {"wrong": share})
+        return f"{sum(lines[2] > 100 for lines in column(one, 'lines'))} of {len(one)}"
+    yield (f"With 10% of its answers wrong {thirds(0.1)} learners clear more than 100 lines at game 3, with 30% {thirds(0.3)}, with "
+           f"half {thirds(0.5)}")
+
+    published, credit = {}, {}
+    for name in ("tetrisz130-2-0.06", "tetrisz135-2-76.5", "tetrisz137-2-462.6", "tetrisz157-2-2167.16"):
+        ways = rows(f"tamer/replay/replay-{name}.jsonl")
+        log, published = name[6:10], name.split("-2-")[1]
+        credit[log] = column(ways, "lines")
+        assert all(len(lines) == 30 for lines in credit[log])
+        yield cells(log, published, [pm(lines, ",.1f") for lines in credit[log]])
+    before, falling, ridge = (f"{statistics.mean(lines):,.0f}" for lines in credit["z137"])
+    yield (f"From the presses of z137 one learns to clear {before} lines if they go to the placement before, and "
+           f"{statistics.mean(credit['z137'][1]):.1f} if they go to the piece that is falling")
+    yield f"ridge regression with a penalty of 10 makes {ridge} lines of them"
+
+
 def distill():
     for label, path, method, form in (
             ("8,000 labelled responses: cloning", "distill/results.jsonl", "cloning", ".2f"),
@@ -906,6 +945,7 @@ CLAIMS = {
     "results/dueling/README.md": dueling,
     "results/preference-rl/README.md": preference_rl,
     "results/dagger/README.md": dagger,
+    "results/tamer/README.md": tamer,
     "results/distill/README.md": distill,
     "results/bench/README.md": bench,
     "results/memory/README.md": memory,
