@@ -472,6 +472,7 @@ def human(config: Config) -> None:
             tamer(learner, person, config.games, config.pieces, np.random.default_rng(config.seed))
         except EOFError:
             pass  # the person has had enough
+    print("It plays 30 games alone ...", flush=True)
     lines = play_alone(learner, config)
     print(f"You said good {person.said[1]} times, and bad {person.said[-1]} times. Alone it now "
           "clears {:.1f} ± {:.1f} lines a game.".format(*mean_se(lines)))

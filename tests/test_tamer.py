@@ -427,21 +427,21 @@ def test_cross_entropy_finds_what_its_games_reward(monkeypatch, rng):
 
 
 def test_policy_iteration_finds_the_discounted_lines(monkeypatch, rng):
-    """With a feature for each board, the value of a board is what follows it: 3 boards in one game,
-    2 in the other, and nothing after a lost game."""
+    """With a feature for each board, the value of a board is what follows it: 2 boards in one game,
+    3 in the other, and nothing after a lost game."""
     def trace_of(features, weights, pieces, rng, trace):
         players.append(weights[0])
         trace += [(np.array([0, 1]), np.array([[0], [3]]), np.array([9, 9])),
                   (np.array([0, 1]), np.array([[1], [4]]), np.array([1, 2])),
-                  (np.array([0]), np.array([[2]]), np.array([4]))]
-        return np.array([5.0, 2.0])
+                  (np.array([1]), np.array([[2]]), np.array([4]))]
+        return np.array([1.0, 6.0])
     players = []
     monkeypatch.setattr(tamer, "play", trace_of)
     monkeypatch.setattr(tamer, "with_constant", lambda boards: np.eye(47)[boards[:, 0]])
     monkeypatch.setattr(tamer, "PENALTY", 1e-9)
     curve, weights = tamer.policy_iteration(2, 500, rng)
     g = tamer.DISCOUNT
-    value = np.array([1 + g * 4, 4, 0, 2, 0])
+    value = np.array([1, 0, 0, 2 + g * 4, 4])
     assert curve == [3.5, 3.5] and not players[0].any() and np.array_equal(players[1], weights)
     assert weights[0] == 1 and np.allclose(weights[1:6], g * value, atol=1e-6)
 
