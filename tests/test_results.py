@@ -636,6 +636,7 @@ def tamer():
     yield f"TAMER itself ends at {longest['TAMER'][0]:,.0f} ± {longest['TAMER'][1]:,.0f}"
 
     errors = {name: script.by_errors(found, condition) for name, condition in script.CONTROLS.items()}
+    yield cells("", [f"{share:.0%}" for share in script.WRONG])
     for name, of_shares in errors.items():
         yield cells(name, ["{:.1f} ± {:.1f}".format(*one) for one in of_shares])
 
