@@ -657,6 +657,7 @@ def tamer():
     yield (f"From the presses of z137 one learns to clear {before} lines if they go to the placement before, and "
            f"{statistics.mean(credit['z137'][1]):.1f} if they go to the piece that is falling")
     yield f"ridge regression with a penalty of 10 makes {ridge} lines of them"
+    yield f"Discount and penalty of policy iteration ({script.DISCOUNT} and {script.PENALTY:.0f})"
 
 
 def course_feedback():
