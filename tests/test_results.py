@@ -732,6 +732,66 @@ def irl():
                                                   for kind in ("hut", "hole", "mud", "ice")])
 
 
+def tamer():
+    import tamer as script
+    found = read("tamer/results.jsonl")
+    assert len(found) == 8 * (16 + 3) and all(len(one["lines"]) == 20 for one in found if one["method"] in script.ALONE)
+    table = {name: script.summary(of_method) for name, of_method in script.table(found).items()}
+    for name, one in table.items():
+        yield cells(name, ["{:.1f} ± {:.1f}".format(*one[point]) for point in ("third", "peak")], f"{one['games']:,}",
+                    "{:,.0f} ± {:,.0f}".format(*one["long"]))
+    for name, published in script.PUBLISHED.items():
+        yield cells(f"*Lecture 8: {name}*", list(published), "")
+    third = {name: one["third"][0] for name, one in table.items()}
+    yield (f"At game 3 TAMER clears {third['TAMER']:.0f} lines, cross-entropy {third['cross-entropy']:.1f} and policy iteration "
+           f"{third['policy iteration']:.1f}")
+    longest = {name: one["long"] for name, one in table.items()}
+    yield (f"cross-entropy ends at {longest['cross-entropy'][0]:,.0f} ± {longest['cross-entropy'][1]:,.0f} lines, "
+           f"{longest['cross-entropy'][0] / 65.89:.0f} times the 65.89 of people")
+    yield f"TAMER itself ends at {longest['TAMER'][0]:,.0f} ± {longest['TAMER'][1]:,.0f}"
+
+    errors = {name: script.by_errors(found, condition) for name, condition in script.CONTROLS.items()}
+    yield cells("", [f"{share:.0%}" for share in script.WRONG])
+    for name, of_shares in errors.items():
+        yield cells(name, ["{:.1f} ± {:.1f}".format(*one) for one in of_shares])
+
+    step, ridge = ([f"{mean:.0f}" for mean, _ in errors[name]] for name in ("step", "ridge, penalty 10"))
+    yield (f"With 10% of the answers wrong the step clears {step[1]} lines in place of {step[0]}, with 30% {step[2]}")
+    yield f"Ridge regression with a penalty of 10 falls from {ridge[0]} to {errors['ridge, penalty 10'][1][0]:.1f} with 10%"
+    blind = script.select_rows(found, **script.MAIN | {"wrong": 0.5})
+    yield f"{sum(lines[2] > 30 for lines in column(blind, 'lines'))} of {len(blind)} learners clear more than 30 lines even at 50%"
+
+    credit = {}
+    for name in ("tetrisz130-2-0.06", "tetrisz135-2-76.5", "tetrisz137-2-462.6", "tetrisz157-2-2167.16"):
+        ways = rows(f"tamer/replay/replay-{name}.jsonl")
+        log, published = name[6:10], name.split("-2-")[1]
+        credit[log] = column(ways, "lines")
+        assert all(len(lines) == 30 for lines in credit[log])
+        yield cells(log, published, [pm(lines, ",.1f") for lines in credit[log]])
+    before, ridge = (f"{statistics.mean(credit['z137'][way]):,.0f}" for way in (0, 2))
+    yield (f"From the presses of z137 one learns to clear {before} lines if they go to the placement before, and "
+           f"{statistics.mean(credit['z137'][1]):.1f} if they go to the piece that is falling")
+    yield f"ridge regression with a penalty of 10 makes {ridge} lines of them"
+    yield f"Discount and penalty of policy iteration ({script.DISCOUNT} and {script.PENALTY:.0f})"
+
+
+def course_feedback():
+    """The command's first table is a part of the rows: seeds 0 to 3, twelve generations, games of up to 500 pieces."""
+    import tamer as script
+    found = [one | {"lines": one["lines"][:12]} for one in read("tamer/results.jsonl") if one["seed"] < 4]
+    with redirect_stdout(io.StringIO()) as printed:
+        script.print_tables(found, script.Config())
+    lines = printed.getvalue().splitlines()
+    head = next(i for i, line in enumerate(lines) if "at game 3" in line)
+    yield from (line[:22 + 3 * 16] for line in lines[head:head + 6])
+    yield from lines[-5:]
+    ends = {name: script.summary(rows)["long"][0] for name, rows in script.table(read("tamer/results.jsonl")).items()}
+    yield (f"cross-entropy ends at {ends['cross-entropy']:,.0f} lines in games of up to 20,000 pieces: "
+           f"{ends['cross-entropy'] / 65.89:.0f} times people's 65.89. But TAMER itself ends at {ends['TAMER']:,.0f}")
+    before, falling = (statistics.mean(one["lines"]) for one in read("tamer/replay/replay-tetrisz137-2-462.6.jsonl")[:2])
+    yield f"this one step decides: {before:,.0f} lines, or {falling:.1f}"
+
+
 def distill():
     for label, path, method, form in (
             ("8,000 labelled responses: cloning", "distill/results.jsonl", "cloning", ".2f"),
@@ -1022,6 +1082,7 @@ CLAIMS = {
     "results/preference-rl/README.md": preference_rl,
     "results/dagger/README.md": dagger,
     "results/irl/README.md": irl,
+    "results/tamer/README.md": tamer,
     "results/distill/README.md": distill,
     "results/bench/README.md": bench,
     "results/memory/README.md": memory,
@@ -1106,7 +1167,7 @@ def test_rows_of_an_evaluation_are_what_it_says(page):
 # ---- all other numbers -------------------------------------------------------------------------------------------------
 
 COURSE = {"docs/course/3-rlhf.md": course_rlhf, "docs/course/4-dpo.md": course_dpo,
-          "docs/course/5-dpo-against-ppo.md": course_against}  # its other numbers are printed by the commands above them
+          "docs/course/5-dpo-against-ppo.md": course_against, "docs/course/7-feedback.md": course_feedback}  # its other numbers are printed by the commands above them
 
 
 @pytest.mark.parametrize("page", [*CLAIMS, *COURSE])
