@@ -14,6 +14,8 @@
     tokenizer.py    byte-level BPE
     gpt2.py         GPT-2 checkpoints in and out
     comparisons.py  CSV files of comparisons and rankings
+    interleaving.py one list made of two rankings, and what clicks on it say
+    tetris.py       the board of tamer.py, its features, logs of people
     files.py        files that are written whole or not at all
     statistics.py, figures.py
 

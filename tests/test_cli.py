@@ -41,7 +41,7 @@ from test_faults import tree
 ALGORITHMS = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "reinforce": reinforce, "ppo": ppo}
 CONFIGS = {**ALGORITHMS, "classifier": classifier, "bt": bt, "preference_rl": preference_rl, "dagger": dagger,
            "experiments/frontier": frontier, "experiments/scaling": scaling, "experiments/winrate": winrate}
-for name in ("vargrad", "derive", "dueling", "label", "experiments/quiz", "experiments/distill", "experiments/ablation",
+for name in ("vargrad", "derive", "dueling", "irl", "tamer", "label", "experiments/quiz", "experiments/distill", "experiments/ablation",
              "experiments/ceiling", "experiments/bench", "experiments/memory", "experiments/clicks"):
     CONFIGS[name] = importlib.import_module(name.replace("/", "."))
 SOURCES = [path for pattern in ("*.py", "common/*.py", "experiments/*.py", "data/*.py", "data/*/*.py")
@@ -626,6 +626,7 @@ def test_a_real_process_says_one_line_and_exits_1_at_once(root, tmp_path):
 def test_import_draws_in_no_library_that_only_some_runs_need():
     """--help and every mistake wait for the imports, so figures and GPT-2 weights are imported where they are used."""
     program = ("import sys, sft, reward_model, classifier, dpo, vargrad, reinforce, ppo, evaluate, sample, bt, dueling, preference_rl, dagger\n"
+               "import irl, tamer\n"
                "from experiments import frontier, winrate, scaling\n"
                "print(*{name.split('.')[0] for name in sys.modules})")
     modules = subprocess.run([sys.executable, "-c", program], cwd=clone.ROOT, capture_output=True, text=True, check=True,
@@ -663,7 +664,7 @@ def test_the_scripts_can_prepare_every_dataset(prepare):
     inspect.signature(importlib.import_module(f"data.{prepare.parent.name}.prepare").prepare).bind(out=Path())
 
 
-@pytest.mark.parametrize("script", [*clone.SCRIPTS, "bt", "dueling", "preference_rl", "dagger", "label",
+@pytest.mark.parametrize("script", [*clone.SCRIPTS, "bt", "dueling", "preference_rl", "dagger", "irl", "tamer", "label",
                                     "experiments/distill", "experiments/bench", "experiments/memory", "experiments/frontier",
                                     "experiments/winrate", "experiments/scaling", "experiments/agreement",
                                     "experiments/samples", "experiments/ablation", "experiments/clicks", "data/reviews/prepare",
