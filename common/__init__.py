@@ -14,6 +14,7 @@
     tokenizer.py    byte-level BPE
     gpt2.py         GPT-2 checkpoints in and out
     comparisons.py  CSV files of comparisons and rankings
+    pendulum.py     what preference_rl.py, pebble.py and dppo.py learn to swing up
     files.py        files that are written whole or not at all
     statistics.py, figures.py
 
