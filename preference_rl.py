@@ -20,10 +20,10 @@ N(w_hat, H^-1), with H the curvature of the loss at its minimum w_hat (Laplace's
        information   the one whose answer is expected to tell most about w (Biyik et al. 2019)
    The second paper names the flaw of volume: the answer to a question about two segments that are
    alike is a coin toss, which "removes half" and tells nothing.
-2) Backflips. The pendulum (common/pendulum.py) hangs, and its motor is too weak to lift it, so it must swing. We see its
-   states, never its reward. We ask about pairs of two-second segments that the present policy has
-   made, with some exploration. Roll out, ask, fit, plan; and again. How many answers until it
-   stands?
+2) Backflips. The pendulum (common/pendulum.py) hangs, and its motor is too weak to lift it, so it
+   must swing. We see its states, never its reward. We ask about pairs of two-second segments that
+   the present policy has made, with some exploration. Roll out, ask, fit, plan; and again. How many
+   answers until it stands?
 
 Differs from the papers: the normal approximation replaces MCMC (1) and an ensemble of networks (2);
 the policy is the optimal one for the learned reward, found by value iteration on a grid, so that
