@@ -381,7 +381,7 @@ def draw(rows: list[dict], seen_before: dict[str, np.ndarray], path: Path) -> No
     parts = ("neither", "pre-exploration", "relabelling", "PEBBLE's bug", "PEBBLE")
     surf = ("PEBBLE", "+ pseudo-labels", "+ crops", "SURF")
     colors = {method: f"C{i}" for i, method in enumerate(METHODS)}
-    with figure(path, 4, width=4.2, height=3.8) as (_, (left, right, *maps)):
+    with figure(path, 2, width=5.5, height=3.8, rows=2) as (_, (left, right, *maps)):
         for axis, methods, title in ((left, parts, "PEBBLE's parts"),
                                      (right, surf, "SURF's parts")):
             for method in methods:

@@ -233,6 +233,13 @@ DISAGREE = np.array([[0.5, 0.51, 0.51, 0.51],
                      [0.49, 0.5, 0.95, 0.95],
                      [0.49, 0.05, 0.5, 0.5],
                      [0.49, 0.05, 0.5, 0.5]])
+# A beats rock, scissors and paper, but loses to E, which loses to all three: no Condorcet winner;
+# A is the Copeland winner
+UPSET = np.array([[0.5, 0.7, 0.7, 0.7, 0.3],
+                  [0.3, 0.5, 0.7, 0.3, 0.7],
+                  [0.3, 0.3, 0.5, 0.7, 0.7],
+                  [0.3, 0.7, 0.3, 0.5, 0.7],
+                  [0.7, 0.3, 0.3, 0.3, 0.5]])
 
 
 def condorcet(P: np.ndarray) -> int | None:
@@ -242,11 +249,16 @@ def condorcet(P: np.ndarray) -> int | None:
     return int(winners[0]) if len(winners) else None
 
 
-def copeland(P: np.ndarray) -> list[int]:
-    """The items with the most victories less defeats."""
+def copeland_scores(P: np.ndarray) -> np.ndarray:
+    """Victories less defeats of each item, (K,)."""
     score = np.sign(P - 0.5)
     np.fill_diagonal(score, 0)
-    score = score.sum(1)
+    return score.sum(1)
+
+
+def copeland(P: np.ndarray) -> list[int]:
+    """The items with the most victories less defeats."""
+    score = copeland_scores(P)
     return np.flatnonzero(score == score.max()).tolist()
 
 

@@ -14,24 +14,27 @@ def figure(path: str | Path,
            width: float = 5.5,
            height: float = 4.2,
            formats: tuple[str, ...] = ("png", ),
+           rows: int = 1,
            **subplots) -> Iterator:
     """with figure(path, 2) as (figure, axes): ... draws, and writes the file when all is drawn.
 
     Args:
         path: of the first format; the others go beside it.
         columns: axes, side by side; a single one is not in a list.
+        width, height: of one of them, in inches.
+        rows: of axes; those of all rows are in one list.
         subplots: further arguments of plt.subplots.
     """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    drawn, axes = plt.subplots(1,
+    drawn, axes = plt.subplots(rows,
                                columns,
-                               figsize=(columns * width, height),
+                               figsize=(columns * width, rows * height),
                                layout="constrained",
                                **subplots)
     try:
-        yield drawn, axes
+        yield drawn, axes.ravel() if rows > 1 else axes
         for kind in formats:
             target = Path(path).with_suffix(f".{kind}")
             atomic_write(target, lambda file: drawn.savefig(file, format=kind, dpi=150))

@@ -239,7 +239,7 @@ def print_tables(rows: list[dict], config: Config) -> None:
 
 def draw(rows: list[dict], config: Config, path: Path) -> None:
     """Error against answers for every person, and against the drift."""
-    with figure(path, len(PEOPLE) + 1, width=3.4, height=3.6, sharey=True) as (_, axes):
+    with figure(path, 3, width=4, height=3.5, rows=2, sharey=True) as (_, axes):
         for axis, person in zip(axes, PEOPLE):
             for kind in ANSWERS:
                 draw_means(axis, rows, "answers", COUNTS, kind, person=person, drift=config.drift)
@@ -249,7 +249,9 @@ def draw(rows: list[dict], config: Config, path: Path) -> None:
         for kind in ANSWERS:
             draw_means(axes[-1], rows, "drift", DRIFTS, kind, person="drifting", answers=AFTER)
         axes[-1].set(xlabel="step of the mood", title=f"drifting, {AFTER} answers")
-        axes[0].set(yscale="log", ylabel="degrees to the person's weights")
+        axes[0].set(yscale="log")
+        for axis in axes[::3]:
+            axis.set(ylabel="degrees to the person's weights")
         axes[0].set_yticks([3, 5, 10, 20, 40, 80], [3, 5, 10, 20, 40, 80])
         axes[0].minorticks_off()
         axes[0].legend()

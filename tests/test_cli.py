@@ -42,7 +42,7 @@ ALGORITHMS = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "reinforce":
 CONFIGS = {**ALGORITHMS, "classifier": classifier, "bt": bt, "preference_rl": preference_rl, "dagger": dagger,
            "experiments/frontier": frontier, "experiments/scaling": scaling, "experiments/winrate": winrate}
 for name in ("vargrad", "derive", "dueling", "label", "experiments/quiz", "experiments/distill", "experiments/ablation",
-             "experiments/ceiling", "experiments/bench", "experiments/memory"):
+             "experiments/ceiling", "experiments/bench", "experiments/memory", "experiments/clicks"):
     CONFIGS[name] = importlib.import_module(name.replace("/", "."))
 SOURCES = [path for pattern in ("*.py", "common/*.py", "experiments/*.py", "data/*.py", "data/*/*.py")
            for path in clone.ROOT.glob(pattern)]
@@ -666,8 +666,8 @@ def test_the_scripts_can_prepare_every_dataset(prepare):
 @pytest.mark.parametrize("script", [*clone.SCRIPTS, "bt", "dueling", "preference_rl", "dagger", "label",
                                     "experiments/distill", "experiments/bench", "experiments/memory", "experiments/frontier",
                                     "experiments/winrate", "experiments/scaling", "experiments/agreement",
-                                    "experiments/samples", "experiments/ablation", "data/reviews/prepare", "data/imdb/prepare",
-                                    "data/tldr/prepare"])
+                                    "experiments/samples", "experiments/ablation", "experiments/clicks", "data/reviews/prepare",
+                                    "data/imdb/prepare", "data/tldr/prepare"])
 def test_help_of_every_script_exits_0_and_does_nothing(script, root, tmp_path, monkeypatch, capsys):
     """Asking what a script does must not do it."""
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])

@@ -1,4 +1,5 @@
-"""dueling.py: winners and bandits by hand, where every duel is sure; regret; the command."""
+"""dueling.py: winners and bandits by hand, where every duel is sure; regret; arms without a
+Condorcet winner; the command."""
 import json
 import math
 import os
@@ -10,7 +11,9 @@ import pytest
 
 import dueling
 from common import ROOT
-from common.comparisons import CYCLE, DISAGREE, borda, condorcet, copeland, winners
+from common.comparisons import (
+    CYCLE, DISAGREE, UPSET, borda, condorcet, copeland, copeland_scores, winners)
+from common.interleaving import METHODS
 from common.settings import parse
 
 STRENGTHS = np.array([0, -1, -1.5, -2])
@@ -41,6 +44,7 @@ TWO_COPELAND = np.array([[0.5, 0.6, 0.5, 0.5], [0.4, 0.5, 0.9, 0.9], [0.5, 0.1, 
     (DISAGREE, 0, [0], [1], "Condorcet A; Copeland A; Borda B"),
     (EVEN, None, [0, 1, 2], [0, 1, 2], "Condorcet none; Copeland A, B, C; Borda A, B, C"),
     (TWO_COPELAND, None, [0, 1], [1], "Condorcet none; Copeland A, B; Borda B"),
+    (UPSET, None, [0], [0], "Condorcet none; Copeland A; Borda A"),
     (EASY, 0, [0], [0], "Condorcet A; Copeland A; Borda A")])
 def test_winners_by_hand(P, by_condorcet, by_copeland, by_borda, text):
     near(P + P.T, 1)
@@ -58,7 +62,19 @@ def test_a_step_costs_what_some_pair_costs_and_a_seed_repeats_it(bandit):
     steps = np.diff(curves, axis=1, prepend=0)
     assert (steps > -1e-12).all()
     assert (np.abs(steps[..., None] - COST.ravel()).min(-1) < 1e-9).all()
-    assert dueling.regret_of(EASY, 0, 0) == 0  # the best against itself
+
+
+def test_gaps_by_hand():
+    """To the Condorcet winner: what it wins by. Otherwise shares of the others that are defeated:
+    in UPSET the winner 3 of 4, each of the cycle 2, and the one that beats the winner 1."""
+    near(dueling.gaps(EASY), EASY[0] - 0.5)
+    near(dueling.gaps(DISAGREE), [0, 0.01, 0.01, 0.01])
+    assert copeland_scores(UPSET).tolist() == [2, 0, 0, 0, -2]
+    near(dueling.gaps(UPSET), [0, 0.25, 0.25, 0.25, 0.5])
+    near(dueling.gaps(CYCLE), [0, 0, 0])  # all three are winners
+    gap = dueling.gaps(UPSET)
+    assert dueling.regret_of(gap, 0, 0) == 0  # the best against itself
+    near(dueling.regret_of(gap, np.array([0, 4]), np.array([1, 4])), [0.125, 0.5])
 
 
 def test_the_regret_bound_by_hand():
@@ -130,21 +146,121 @@ def test_rucb_grows_like_the_logarithm():
     assert mean[-1] - mean[T // 2 - 1] < COST.mean() * T / 2 / 50
 
 
+def double_thompson_by_the_paper(P, T, rng):
+    """Wu and Liu 2016, Algorithm 1, with its loops, for one run; i and j are as there."""
+    K, gap = len(P), dueling.gaps(P)
+    B = np.zeros((K, K))  # how often i beat j
+    regret = []
+    for t in range(1, T + 1):
+        u, l = np.full((K, K), 0.5), np.full((K, K), 0.5)
+        for i in range(K):
+            for j in range(K):
+                n = B[i, j] + B[j, i]
+                if i != j:
+                    width = math.sqrt(0.51 * math.log(t) / n) if n else math.inf
+                    u[i, j] = B[i, j] / n + width if n else 1
+                    l[i, j] = B[i, j] / n - width if n else 0
+        # phase 1: the first candidate
+        upper_score = [sum(u[i, j] > 0.5 for j in range(K) if j != i) / (K - 1) for i in range(K)]
+        theta = np.zeros((K, K))
+        for i in range(K):
+            for j in range(i + 1, K):
+                theta[i, j] = rng.beta(B[i, j] + 1, B[j, i] + 1)
+                theta[j, i] = 1 - theta[i, j]
+        best = {}
+        for i in range(K):
+            tie = rng.random()
+            if upper_score[i] == max(upper_score):
+                best[i] = sum(theta[i, j] > 0.5 for j in range(K) if j != i) + tie
+        first = max(best, key=best.get)
+        # phase 2: the second candidate
+        rivals = {}
+        for i in range(K):
+            drawn = rng.beta(B[i, first] + 1, B[first, i] + 1)
+            if l[i, first] <= 0.5:
+                rivals[i] = 0.5 if i == first else drawn
+        second = max(rivals, key=rivals.get)
+        # compare
+        if rng.random() < P[first, second]:
+            B[first, second] += 1
+        else:
+            B[second, first] += 1
+        regret.append((gap[first] + gap[second]) / 2)
+    return np.cumsum(regret)
+
+
+@pytest.mark.parametrize("P", [UPSET, EASY, DISAGREE], ids=["upset", "easy", "disagree"])
+def test_double_thompson_is_the_papers_algorithm(P):
+    """The same random numbers in the same order give the same run."""
+    for seed in range(3):
+        near(dueling.double_thompson(P, 400, 1, rng(seed))[0],
+             double_thompson_by_the_paper(P, 400, rng(seed)))
+
+
+def test_the_first_step_of_double_thompson_by_hand():
+    """Nothing is known, so the first arm is any of the four. The second has the largest of three
+    uniform draws, or is the first again, if all are below 1/2: 1/8. Otherwise it is any other."""
+    costs = dueling.double_thompson(EASY, 1, 20_000, rng())[:, 0]
+    for i in range(4):
+        for j in range(i, 4):
+            p = 1 / 4 * 1 / 8 if i == j else 2 * 1 / 4 * 7 / 8 / 3
+            found = (np.abs(costs - COST[i, j]) < 1e-9).mean()
+            same = [(k, m) for k in range(4) for m in range(k, 4)
+                    if abs(COST[k, m] - COST[i, j]) < 1e-9]
+            assert same == [(i, j)]
+            assert abs(found - p) < 4.5 * math.sqrt(p * (1 - p) / 20_000)
+
+
+def test_double_thompson_grows_like_the_logarithm():
+    T, bound = 10_000, dueling.regret_bound(EASY)
+    mean = dueling.double_thompson(EASY, T, 20, rng()).mean(0)
+    assert bound / 3 < (mean[-1] - mean[T // 10 - 1]) / math.log(10) < 3 * bound
+    assert mean[-1] - mean[T // 2 - 1] < COST.mean() * T / 2 / 50
+
+
+def test_without_a_condorcet_winner_only_double_thompson_finds_the_copeland_winner():
+    """Each arm of UPSET is surely beaten by another, so in the end RUCB has no candidate, and takes
+    any arm: it goes on paying most of what random pairs pay. In a bare cycle all are winners."""
+    T, random_pair = 6000, dueling.gaps(UPSET).mean()
+    second_half = [bandit(UPSET, T, 10, rng())[:, [T // 2, -1]] @ [-1, 1] / (T / 2)
+                   for bandit in (dueling.rucb, dueling.double_thompson)]
+    assert second_half[0].min() > 0.7 * random_pair
+    assert second_half[1].mean() < 0.1 * random_pair and second_half[1].max() < 0.3 * random_pair
+    assert dueling.double_thompson(CYCLE, 500, 5, rng()).max() == 0
+
+
 # ---- the command ---------------------------------------------------------------------------------
 
 def test_the_committed_rows_are_those_of_the_command():
-    """Each bandit has random numbers of its own; RUCB's last 27,000 comparisons, which take half of
-    the command's time, are left out."""
+    """Each bandit has random numbers of its own; the last 27,000 comparisons of RUCB and double
+    Thompson sampling, which take most of the command's time, are left out."""
     committed = [json.loads(line)
                  for line in (ROOT / "results/dueling/results.jsonl").read_text().splitlines()]
-    P = dueling.bradley_terry_arms(8, rng())
-    curve = dueling.rucb(P, 3000, 20, np.random.default_rng([0, 2]))
-    assert [row["bandit"] for row in committed[6:8]] == ["RUCB", "RUCB"]
-    near([row["regret"] for row in committed[6:8]], curve[:, [299, 2999]].mean(0), 1e-6)
-    filtered = dueling.interleaved_filter(P, 30_000, 20, np.random.default_rng([0, 1]))
-    near([row["regret"] for row in committed[3:6]], filtered[:, [299, 2999, 29_999]].mean(0), 1e-6)
-    near(committed[9]["bound"], dueling.regret_bound(P))
-    near(committed[9]["slope"], (committed[8]["regret"] - committed[7]["regret"]) / math.log(10))
+    for found, row in zip(committed, dueling.clicks_on_the_lecture()):
+        assert found["method"] == row["method"] and list(found["credit"]) == dueling.LECTURE
+        near(list(found["credit"].values()), list(row["credit"].values()))
+        near([found[name] for name in ("a_wins", "b_wins", "ties")],
+             [row[name] for name in ("a_wins", "b_wins", "ties")])
+    problems = {"Bradley-Terry": dueling.bradley_terry_arms(8, rng()), "no Condorcet winner": UPSET}
+
+    def regret(problem, bandit):
+        return [row["regret"] for row in committed if row.get("problem") == problem
+                and row["bandit"] == bandit and "step" in row]
+
+    for problem, P in problems.items():
+        for number, (name, bandit) in enumerate(dueling.BANDITS.items()):
+            if number < 2:
+                curve = bandit(P, 30_000, 20, np.random.default_rng([0, number]))
+                near(regret(problem, name), curve[:, [299, 2999, 29_999]].mean(0), 1e-6)
+            else:
+                curve = bandit(P, 300, 20, np.random.default_rng([0, number]))
+                near(regret(problem, name)[0], curve[:, 299].mean(0), 1e-6)
+    slopes = {row["bandit"]: row for row in committed if "slope" in row}
+    assert list(slopes) == ["RUCB", "double Thompson"]
+    for name, row in slopes.items():
+        ends = regret("Bradley-Terry", name)
+        near(row["bound"], dueling.regret_bound(problems["Bradley-Terry"]))
+        near(row["slope"], (ends[2] - ends[1]) / math.log(10))
 
 
 def test_the_command_writes_before_it_prints(tmp_path):
@@ -159,8 +275,10 @@ def test_the_command_writes_before_it_prints(tmp_path):
     folder = tmp_path / "runs/dueling-arms3-horizon200-runs2"
     lines = (folder / "results.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    assert [(row["bandit"], row["step"]) for row in rows[:-1]] == [
-        (name, step) for name in ("uniform", "interleaved filter", "RUCB") for step in (2, 20, 200)]
+    assert [row["method"] for row in rows[:4]] == list(METHODS)
+    assert [(row["problem"], row["bandit"], row["step"]) for row in rows[4:-2]] == [
+        (problem, name, step) for problem in ("Bradley-Terry", "no Condorcet winner")
+        for name in dueling.BANDITS for step in (2, 20, 200)]
     assert (folder / "figure.png").stat().st_size > 10_000
 
 

@@ -541,17 +541,85 @@ def bt():
 
 
 def dueling():
-    def regret(bandit, step):
-        one = row("dueling/results.jsonl", bandit=bandit, step=step)
+    path = "dueling/results.jsonl"
+
+    def regret(problem, bandit, step):
+        one = row(path, problem=problem, bandit=bandit, step=step)
         return f"{one['regret']:.0f} ± {one['regret_se']:.0f}"
 
-    for bandit in ("uniform", "interleaved filter", "RUCB"):
-        yield cells(bandit, [regret(bandit, step) for step in (300, 3000, 30000)])
-    uniform = row("dueling/results.jsonl", bandit="uniform", step=30000)["regret"]
-    yield f"After 30,000 comparisons RUCB's regret is {regret('RUCB', 30000)}, that of random pairs (uniform) {uniform:,.0f}"
-    slope = next(one for one in read("dueling/results.jsonl") if "slope" in one)
-    yield (f"RUCB's regret grows as {slope['slope']:.1f} log T; in the long run no algorithm does better than "
-           f"{slope['bound']:.1f} log T")
+    for problem in ("Bradley-Terry", "no Condorcet winner"):
+        for bandit in ("uniform", "interleaved filter", "RUCB", "double Thompson"):
+            yield cells(bandit, [regret(problem, bandit, step) for step in (300, 3000, 30000)])
+    ends = [row(path, problem="Bradley-Terry", bandit=bandit, step=30000)["regret"] for bandit in ("uniform", "RUCB")]
+    yield (f"After 30,000 comparisons the regret of double Thompson sampling is {regret('Bradley-Terry', 'double Thompson', 30000)}, "
+           f"RUCB's {ends[1]:.0f}, that of random pairs (uniform) {ends[0]:,.0f}")
+    slope = {one["bandit"]: one for one in read(path) if "slope" in one}
+    yield (f"From T = 3,000 to 30,000 comparisons RUCB's regret grows as {slope['RUCB']['slope']:.1f} log T, that of double Thompson "
+           f"sampling as {slope['double Thompson']['slope']:.1f} log T; in the long run no algorithm does better than "
+           f"{slope['RUCB']['bound']:.1f} log T")
+    lost = [row(path, problem="no Condorcet winner", bandit=bandit, step=30000)["regret"] for bandit in ("RUCB", "uniform")]
+    yield f"RUCB pays {lost[0] / lost[1]:.0%} of what random pairs pay"
+    for method in ("balanced", "team-draft", "probabilistic", "optimised"):
+        one = row(path, method=method)
+        yield cells(method, [f"{one[key]:.3f}" for key in ("a_wins", "b_wins", "ties")],
+                    [signed(round(credit, 9), ".2f") if abs(credit) > 1e-9 else "0" for credit in one["credit"].values()])
+    yield from clicks()
+
+
+def clicks():
+    """The part of the page about users who click."""
+    path = "dueling/clicks/results.jsonl"
+    sizes = (10, 30, 100, 300, 1000, 3000, 10000)
+    interleaved = ("balanced", "team-draft", "probabilistic", "optimised")
+    ab = ("A/B, reciprocal rank", "A/B, first result", "A/B, clicks")
+
+    def own(user, method, name):
+        found = column(rows(path, user=user, method=method), name)
+        assert len(found) == 10
+        return found
+
+    def geometric(values):
+        return math.exp(statistics.mean(map(math.log, values)))
+
+    def needed(user, method):
+        found = own(user, method, "needed")
+        assert all(found) or not any(found)
+        return f"{geometric(found):.0f}" if all(found) else "never"
+
+    def times(user, method, other="A/B, reciprocal rank"):
+        """How many times as many impressions the other method needs."""
+        ratios = [b / a for a, b in zip(own(user, method, "needed"), own(user, other, "needed"))]
+        mean, error = mean_se([math.log(ratio) for ratio in ratios])
+        return f"{math.exp(mean):.1f} (95% interval {math.exp(mean - 1.96 * error):.1f} to {math.exp(mean + 1.96 * error):.1f})"
+
+    def share(user, method, n):
+        return pm([100 * value for value in own(user, method, f"right_{n}")], ".1f", "% ± ")
+
+    for method in (*interleaved, *ab):
+        yield cells(method, [share("navigational", method, n) for n in sizes])
+    for method in (*interleaved, *ab):
+        yield cells(method, [needed(user, method) for user in ("navigational", "informational", "leaves anyway", "never leaves")])
+    yield f"team-draft needs {needed('navigational', 'team-draft')} impressions"
+    yield f"an A/B test on the reciprocal rank {times('navigational', 'team-draft')} times as many"
+    yield f"{times('informational', 'team-draft')} times with the informational user"
+    yield f"names the worse ranker in {statistics.mean(100 - 100 * x for x in own('navigational', 'A/B, clicks', 'right_10000')):.0f}%"
+    yield f"the factor is {times('leaves anyway', 'team-draft')} where users leave anyway"
+    yield f"{times('never leaves', 'team-draft')} where they never leave"
+    yield f"{times('leaves anyway', 'team-draft', 'A/B, clicks')} times as many"
+    yield f"{share('never leaves', 'A/B, clicks', 10000)} of its experiments are right"
+
+    def size(method):
+        return pm(own("random", method, "absolute_score"), ".4f")
+
+    yield (f"the mean score of a pair is {size('balanced')} in size for balanced interleaving, and {size('team-draft')} for "
+           f"team-draft, {size('probabilistic')} for probabilistic and {size('optimised')} for optimised")
+
+    for bandit in ("uniform", "interleaved filter", "RUCB", "double Thompson"):
+        found = [row(path, bandit=bandit, step=step) for step in (100, 1000, 10000)]
+        yield cells(bandit, [f"{one['regret']:.1f} ± {one['regret_se']:.1f}" for one in found])
+    preference = next(one["preference"] for one in read(path) if "preference" in one)
+    assert min(preference[0][1:]) == preference[0][1] > 0.5  # the best ranker is the Condorcet winner
+    yield f"it beats the second best with {preference[0][1]:.3f} and the worst with {preference[0][5]:.3f}"
 
 
 def preference_rl():
@@ -717,6 +785,113 @@ def dagger():
         yield cells(method, [pm(laps(method, labels), ".0f", "% ± ") for labels in (740, 1480, 2960, 5920)])
     yield (f"With 2,960 labels DAgger's cars finish {pm(laps('DAgger', 2960), '.0f')}% of their laps on the road, cloning's "
            f"{pm(laps('cloning', 2960), '.0f')}%")
+
+
+def irl():
+    counts = (1, 3, 10, 30, 100)
+    worlds = {"as shown": "as shown", "the ice has melted": "ice melted", "a tree has fallen": "tree fallen"}
+    methods = ("cloning", "projection", "max-ent", "max-ent, a weight a square")
+
+    def worth(method, n=100, expert="optimal", world="as shown", prior=""):
+        own = rows(f"irl/{prior}results.jsonl", expert=expert, world=world, demonstrations=n)
+        assert len(own) == 20
+        return pm([100 * one[method] for one in own], ".1f")
+
+    for world, label in worlds.items():
+        for method in methods:
+            yield cells(f"{label}: {method}" if method == "cloning" else method, [worth(method, n, world=world) for n in counts])
+    for method in methods:
+        yield cells(method, [worth(method, n, expert="noisy") for n in counts])
+
+    def itself(world, expert="optimal"):
+        value, = {f"{100 * one['the expert itself']:.1f}" for one in rows("irl/results.jsonl", expert=expert, world=world)}
+        return value
+
+    thaw, tree = "the ice has melted", "a tree has fallen"
+    shown = [one for one in read("irl/results.jsonl") if "reward" in one]
+    assert [one.get("optimal", one.get("optimal_for")) for one in shown] == [True, True, True, False, True, False, 0]
+    yield (f"With one demonstration max-ent is at {worth('max-ent', 1)} and cloning at {worth('cloning', 1)}, and cloning needs 30 "
+           f"for {worth('cloning', 30)}")
+    yield (f"An expert that goes on as before is at {itself(thaw)} when the ice has melted, and at {itself(tree)} with a tree across "
+           f"the way. Its copy ends at {worth('cloning', world=thaw)} and {worth('cloning', world=tree)}")
+    yield (f"max-ent plans anew, and is at {worth('max-ent', world=thaw)} and {worth('max-ent', world=tree)}, projection at "
+           f"{worth('projection', world=thaw)} and {worth('projection', world=tree)}")
+    lost = [one["max-ent, a weight a square"] < 0.5
+            for one in rows("irl/results.jsonl", expert="optimal", world=thaw, demonstrations=100)]
+    assert sum(lost) == 7
+    square = "max-ent, a weight a square"
+    yield (f"With a weight for each square max-ent is as good in the world that was shown ({worth(square)}), and worse than the copy "
+           f"when the ice has melted: {worth(square, world=thaw)}")
+    yield "In 7 of the 20 seeds"
+    yield (f"With a standard deviation of 1 in place of 3 a weight a square is at {worth(square, world=thaw, prior='prior-1/')} when "
+           f"the ice has melted, with 10 at {worth(square, world=thaw, prior='prior-10/')}; four weights are at "
+           f"{worth('max-ent', world=thaw, prior='prior-1/')} and {worth('max-ent', world=thaw, prior='prior-10/')}")
+    yield (f"The expert itself is at {itself('as shown', 'noisy')}. Its copy ends at {worth('cloning', expert='noisy')} and "
+           f"projection at {worth('projection', expert='noisy')}, while max-ent's plan is at {worth('max-ent', expert='noisy')}")
+    for expert in ("optimal", "noisy"):
+        own = [one for one in rows("irl/results.jsonl", expert=expert, demonstrations=100) if "hut" in one]
+        yield cells(f"max-ent, {expert} expert", [pm(column(own, kind), ".2f").replace("-", "−")
+                                                  for kind in ("hut", "hole", "mud", "ice")])
+
+
+def tamer():
+    import tamer as script
+    found = read("tamer/results.jsonl")
+    assert len(found) == 8 * (16 + 3) and all(len(one["lines"]) == 20 for one in found if one["method"] in script.ALONE)
+    table = {name: script.summary(of_method) for name, of_method in script.table(found).items()}
+    for name, one in table.items():
+        yield cells(name, ["{:.1f} ± {:.1f}".format(*one[point]) for point in ("third", "peak")], f"{one['games']:,}",
+                    "{:,.0f} ± {:,.0f}".format(*one["long"]))
+    for name, published in script.PUBLISHED.items():
+        yield cells(f"*Lecture 8: {name}*", list(published), "")
+    third = {name: one["third"][0] for name, one in table.items()}
+    yield (f"At game 3 TAMER clears {third['TAMER']:.0f} lines, cross-entropy {third['cross-entropy']:.1f} and policy iteration "
+           f"{third['policy iteration']:.1f}")
+    longest = {name: one["long"] for name, one in table.items()}
+    yield (f"cross-entropy ends at {longest['cross-entropy'][0]:,.0f} ± {longest['cross-entropy'][1]:,.0f} lines, "
+           f"{longest['cross-entropy'][0] / 65.89:.0f} times the 65.89 of people")
+    yield f"TAMER itself ends at {longest['TAMER'][0]:,.0f} ± {longest['TAMER'][1]:,.0f}"
+
+    errors = {name: script.by_errors(found, condition) for name, condition in script.CONTROLS.items()}
+    yield cells("", [f"{share:.0%}" for share in script.WRONG])
+    for name, of_shares in errors.items():
+        yield cells(name, ["{:.1f} ± {:.1f}".format(*one) for one in of_shares])
+
+    step, ridge = ([f"{mean:.0f}" for mean, _ in errors[name]] for name in ("step", "ridge, penalty 10"))
+    yield (f"With 10% of the answers wrong the step clears {step[1]} lines in place of {step[0]}, with 30% {step[2]}")
+    yield f"Ridge regression with a penalty of 10 falls from {ridge[0]} to {errors['ridge, penalty 10'][1][0]:.1f} with 10%"
+    blind = script.select_rows(found, **script.MAIN | {"wrong": 0.5})
+    yield f"{sum(lines[2] > 30 for lines in column(blind, 'lines'))} of {len(blind)} learners clear more than 30 lines even at 50%"
+
+    credit = {}
+    for name in ("tetrisz130-2-0.06", "tetrisz135-2-76.5", "tetrisz137-2-462.6", "tetrisz157-2-2167.16"):
+        ways = rows(f"tamer/replay/replay-{name}.jsonl")
+        log, published = name[6:10], name.split("-2-")[1]
+        credit[log] = column(ways, "lines")
+        assert all(len(lines) == 30 for lines in credit[log])
+        yield cells(log, published, [pm(lines, ",.1f") for lines in credit[log]])
+    before, ridge = (f"{statistics.mean(credit['z137'][way]):,.0f}" for way in (0, 2))
+    yield (f"From the presses of z137 one learns to clear {before} lines if they go to the placement before, and "
+           f"{statistics.mean(credit['z137'][1]):.1f} if they go to the piece that is falling")
+    yield f"ridge regression with a penalty of 10 makes {ridge} lines of them"
+    yield f"Discount and penalty of policy iteration ({script.DISCOUNT} and {script.PENALTY:.0f})"
+
+
+def course_feedback():
+    """The command's first table is a part of the rows: seeds 0 to 3, twelve generations, games of up to 500 pieces."""
+    import tamer as script
+    found = [one | {"lines": one["lines"][:12]} for one in read("tamer/results.jsonl") if one["seed"] < 4]
+    with redirect_stdout(io.StringIO()) as printed:
+        script.print_tables(found, script.Config())
+    lines = printed.getvalue().splitlines()
+    head = next(i for i, line in enumerate(lines) if "at game 3" in line)
+    yield from (line[:22 + 3 * 16] for line in lines[head:head + 6])
+    yield from lines[-5:]
+    ends = {name: script.summary(rows)["long"][0] for name, rows in script.table(read("tamer/results.jsonl")).items()}
+    yield (f"cross-entropy ends at {ends['cross-entropy']:,.0f} lines in games of up to 20,000 pieces: "
+           f"{ends['cross-entropy'] / 65.89:.0f} times people's 65.89. But TAMER itself ends at {ends['TAMER']:,.0f}")
+    before, falling = (statistics.mean(one["lines"]) for one in read("tamer/replay/replay-tetrisz137-2-462.6.jsonl")[:2])
+    yield f"this one step decides: {before:,.0f} lines, or {falling:.1f}"
 
 
 def distill():
@@ -1009,6 +1184,8 @@ CLAIMS = {
     "results/preference-rl/README.md": preference_rl,
     "results/human-effort/README.md": human_effort,
     "results/dagger/README.md": dagger,
+    "results/irl/README.md": irl,
+    "results/tamer/README.md": tamer,
     "results/distill/README.md": distill,
     "results/bench/README.md": bench,
     "results/memory/README.md": memory,
@@ -1093,7 +1270,7 @@ def test_rows_of_an_evaluation_are_what_it_says(page):
 # ---- all other numbers -------------------------------------------------------------------------------------------------
 
 COURSE = {"docs/course/3-rlhf.md": course_rlhf, "docs/course/4-dpo.md": course_dpo,
-          "docs/course/5-dpo-against-ppo.md": course_against}  # its other numbers are printed by the commands above them
+          "docs/course/5-dpo-against-ppo.md": course_against, "docs/course/7-feedback.md": course_feedback}  # its other numbers are printed by the commands above them
 
 
 @pytest.mark.parametrize("page", [*CLAIMS, *COURSE])
