@@ -20,10 +20,10 @@ N(w_hat, H^-1), with H the curvature of the loss at its minimum w_hat (Laplace's
        information   the one whose answer is expected to tell most about w (Biyik et al. 2019)
    The second paper names the flaw of volume: the answer to a question about two segments that are
    alike is a coin toss, which "removes half" and tells nothing.
-2) Backflips. The pendulum hangs, and its motor is too weak to lift it, so it must swing. We see its
-   states, never its reward. We ask about pairs of two-second segments that the present policy has
-   made, with some exploration. Roll out, ask, fit, plan; and again. How many answers until it
-   stands?
+2) Backflips. The pendulum (common/pendulum.py) hangs, and its motor is too weak to lift it, so it
+   must swing. We see its states, never its reward. We ask about pairs of two-second segments that
+   the present policy has made, with some exploration. Roll out, ask, fit, plan; and again. How many
+   answers until it stands?
 
 Differs from the papers: the normal approximation replaces MCMC (1) and an ensemble of networks (2);
 the policy is the optimal one for the learned reward, found by value iteration on a grid, so that
@@ -47,6 +47,7 @@ from tqdm import tqdm
 
 from common.figures import figure
 from common.files import check_writable, write_jsonl
+from common.pendulum import SPEED, STEPS, Grid, bumps, episodes, true_reward
 from common.settings import parse, require, require_numbers, run_folder, settings
 from common.statistics import mean_se
 
@@ -161,117 +162,6 @@ def choose(worth: Callable[[np.ndarray], np.ndarray], pool: np.ndarray, w: np.nd
     draws = rng.multivariate_normal(w, covariance, 200, method="cholesky")  # (200, d)
     p = sigmoid(draws @ pool.T)  # (200, n)
     return int(worth(p).argmax())
-
-
-# ---- the pendulum: angle 0 is up; the motor is weaker than gravity -------------------------------
-
-TORQUES = np.array([-3.0, 0.0, 3.0])  # gravity pulls with up to 10
-SPEED = 8.0  # the highest, in radians a second
-STEPS = 100  # of an episode; a step is 0.1 s
-
-
-def move(state: np.ndarray, torque: np.ndarray) -> np.ndarray:
-    """The state after a step: (..., 2), angle in [-pi, pi) and speed in [-SPEED, SPEED]."""
-    angle, speed = state[..., 0], state[..., 1]
-    for _ in range(2):
-        speed = np.clip(speed + (10 * np.sin(angle) + torque) * 0.05, -SPEED, SPEED)
-        angle = angle + speed * 0.05
-    return np.stack([(angle + np.pi) % (2 * np.pi) - np.pi, speed], -1)
-
-
-def true_reward(state: np.ndarray) -> np.ndarray:
-    """What the person wants of a step: up (1), and still. The learner never sees it."""
-    return (1 + np.cos(state[..., 0])) / 2 - 0.01 * state[..., 1] ** 2
-
-
-class Grid:
-    """The pendulum as a Markov decision process on N x N states. A step ends between four of them,
-    and leads to each with a probability that falls with its distance.
-
-    Attributes:
-        states: (N * N, 2).
-        next, weight: (N * N, torques, 4) where a step leads, and how likely.
-    """
-
-    def __init__(self, N: int = 51):
-        self.N = N
-        angle = np.linspace(-np.pi, np.pi, N, endpoint=False)
-        speed = np.linspace(-SPEED, SPEED, N)
-        self.states = np.stack(np.meshgrid(angle, speed, indexing="ij"), -1).reshape(-1, 2)
-        self.next, self.weight = self.corners(move(self.states[:, None], TORQUES))
-
-    def corners(self, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The four grid states around a state (..., 2), as numbers (..., 4), and their weights
-        (..., 4), of sum 1."""
-        x = (state[..., 0] + np.pi) / (2 * np.pi) * self.N  # in steps of the grid
-        y = (state[..., 1] + SPEED) / (2 * SPEED) * (self.N - 1)
-        i = np.floor(x).astype(int)
-        j = np.minimum(np.floor(y).astype(int), self.N - 2)
-        x, y = x - i, y - j  # within the cell, in [0, 1]
-        low = i % self.N * self.N  # the angle goes round
-        high = (i + 1) % self.N * self.N
-        numbers = np.stack([low + j, low + j + 1, high + j, high + j + 1], -1)
-        weights = np.stack([(1 - x) * (1 - y), (1 - x) * y, x * (1 - y), x * y], -1)
-        return numbers, weights
-
-    def plan(self, reward: np.ndarray, V: np.ndarray | None = None,
-             gamma: float = 0.97) -> np.ndarray:
-        """Values (N * N,) of the optimal policy, by value iteration.
-
-        Args:
-            reward: (N * N,) of a step from each state.
-            V: (N * N,) where to start; zeros without it.
-        """
-        if V is None:
-            V = np.zeros(len(reward))
-        scale = np.ptp(reward) + 1e-12
-        for _ in range(2000):
-            old = V
-            of_actions = (V[self.next] * self.weight).sum(-1)  # (N * N, torques)
-            V = reward + gamma * of_actions.max(1)
-            if np.abs(V - old).max() < 1e-3 * scale:
-                break
-        return V
-
-    def act(self, V: np.ndarray, state: np.ndarray) -> np.ndarray:
-        """The torques (n,) that lead from states (n, 2) to the highest values."""
-        corner, weight = self.corners(move(state[:, None], TORQUES))
-        return TORQUES[(V[corner] * weight).sum(-1).argmax(1)]
-
-
-def episodes(grid: Grid, V: np.ndarray | None, n: int, explore: float,
-             rng: np.random.Generator) -> np.ndarray:
-    """States (n, STEPS, 2) of n episodes that begin with the pendulum hanging, nearly still.
-
-    Args:
-        V: (N * N,) values of the policy; without them every action is random.
-        explore: share of the steps with a random action; it is held for half a second on average.
-    """
-    angle = np.pi + 0.2 * rng.normal(size=n)
-    speed = 0.2 * rng.normal(size=n)
-    state = np.stack([(angle + np.pi) % (2 * np.pi) - np.pi, speed], -1)
-    held = rng.choice(TORQUES, n)  # the random action of each episode
-    at_random = rng.random(n) < explore  # whether it is in force
-    seen = []
-    for _ in range(STEPS):
-        seen.append(state)
-        again = rng.random(n) < 0.2
-        held = np.where(again, rng.choice(TORQUES, n), held)
-        at_random = np.where(again, rng.random(n) < explore, at_random)
-        torque = held if V is None else np.where(at_random, held, grid.act(V, state))
-        state = move(state, torque)
-    return np.stack(seen, 1)
-
-
-def bumps(state: np.ndarray) -> np.ndarray:
-    """Features (..., 108) of states (..., 2), for a reward of any shape: 12 x 9 normal bumps over
-    angle and speed, scaled to sum 1."""
-    angle = np.linspace(-np.pi, np.pi, 12, endpoint=False)
-    speed = np.linspace(-SPEED, SPEED, 9)
-    of_angle = np.exp((np.cos(state[..., :1] - angle) - 1) / 0.4**2)  # (..., 12)
-    of_speed = np.exp(-0.5 * ((state[..., 1:] - speed) / 1.5) ** 2)  # (..., 9)
-    phi = (of_angle[..., :, None] * of_speed[..., None, :]).reshape(*state.shape[:-1], -1)
-    return phi / phi.sum(-1, keepdims=True)
 
 
 # ---- 1) asking well ------------------------------------------------------------------------------

@@ -16,6 +16,7 @@
     comparisons.py  CSV files of comparisons and rankings
     interleaving.py one list made of two rankings, and what clicks on it say
     tetris.py       the board of tamer.py, its features, logs of people
+    pendulum.py     what preference_rl.py, pebble.py and dppo.py learn to swing up
     files.py        files that are written whole or not at all
     statistics.py, figures.py
 

@@ -12,6 +12,7 @@ import pytest
 import bt
 import clone
 import preference_rl as prl
+from common import pendulum
 from common.settings import parse
 
 
@@ -133,18 +134,18 @@ def test_the_question_that_is_chosen_is_about_what_is_not_known(rng):
 
 def test_the_pendulum_falls_from_the_top_and_swings_at_the_bottom(rng):
     """And knows no left or right."""
-    assert np.array_equal(prl.move(np.zeros(2), 0.0), np.zeros(2))  # exactly on top it stays
+    assert np.array_equal(pendulum.move(np.zeros(2), 0.0), np.zeros(2))  # exactly on top it stays
     state = np.array([0.01, 0.0])
     for _ in range(20):
-        state = prl.move(state, np.float64(0))
+        state = pendulum.move(state, np.float64(0))
     assert abs(state[0]) > 0.5
-    states, torque = rng.uniform([-3, -7], [3, 7], (100, 2)), rng.choice(prl.TORQUES, 100)
-    assert np.allclose(prl.move(-states, -torque), -prl.move(states, torque), atol=1e-12)
-    ends = prl.move(anywhere(rng, 1000), np.float64(3))
-    assert (np.abs(ends[:, 0]) <= np.pi).all() and (np.abs(ends[:, 1]) <= prl.SPEED).all()
+    states, torque = rng.uniform([-3, -7], [3, 7], (100, 2)), rng.choice(pendulum.TORQUES, 100)
+    assert np.allclose(pendulum.move(-states, -torque), -pendulum.move(states, torque), atol=1e-12)
+    ends = pendulum.move(anywhere(rng, 1000), np.float64(3))
+    assert (np.abs(ends[:, 0]) <= np.pi).all() and (np.abs(ends[:, 1]) <= pendulum.SPEED).all()
     hanging = np.array([[np.pi, 0.0]])
     for _ in range(prl.STEPS):  # the motor alone, always one way, does not lift it
-        hanging = prl.move(hanging, np.full(1, 3.0))
+        hanging = pendulum.move(hanging, np.full(1, 3.0))
         assert abs(hanging[0, 0]) > np.pi / 3
 
 
@@ -197,7 +198,7 @@ def test_exploration_is_as_frequent_as_it_says(grid):
     for share in (0.0, 0.3):
         seen = prl.episodes(grid, V, 300, share, np.random.default_rng(1))
         before, after = seen[:, :-1].reshape(-1, 2), seen[:, 1:].reshape(-1, 2)
-        planned = (prl.move(before, grid.act(V, before)) == after).all(1).mean()
+        planned = (pendulum.move(before, grid.act(V, before)) == after).all(1).mean()
         # a third of the random actions are what was planned
         assert planned == pytest.approx(1 - share * 2 / 3, abs=0.03)
 
@@ -250,7 +251,8 @@ def test_two_runs_are_alike_and_leave_rows_and_a_figure(tmp_path):
                                   text=True, capture_output=True, env=clone.environment())
             assert done.returncode == 0, done.stderr
         else:
-            prl.main(prl.Config(answers=4, rounds=2, questions=3, seeds=2, out=str(tmp_path / name)))
+            prl.main(prl.Config(answers=4, rounds=2, questions=3, seeds=2,
+                                out=str(tmp_path / name)))
         written = (tmp_path / name / "results.jsonl").read_text().splitlines()
         results.append([json.loads(line) for line in written])
     assert results[0] == results[1]

@@ -19,9 +19,11 @@ from pathlib import Path
 
 import pytest
 
+import dppo
 import evaluate
+import pebble
 from common.statistics import mean_se
-from experiments import ablation, ceiling, frontier, scaling, winrate
+from experiments import ablation, ceiling, effort, frontier, scaling, scores, winrate
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -645,6 +647,106 @@ def preference_rl():
     sure = [statistics.mean(column(rows(path, experiment="backflips", way=way, answers=120), "near_certain"))
             for way in ("random", "information")]
     yield f"more than 95% certain in {sure[0]:.0%}, of those to questions chosen for information in {sure[1]:.0%}"
+    yield from preference_rl_online()
+    yield from preference_rl_stored()
+
+
+def preference_rl_online():
+    new, held = (read(f"preference-rl/{folder}/results.jsonl") for folder in ("pebble", "pebble-hold5"))
+    for method in pebble.METHODS:
+        returns = [pm(pebble.values(new, "return", method=method, answers=n), ".1f") for n in (12, 36, 60)]
+        places = statistics.mean(pebble.values(new, "seen", method=method, answers=0))
+        yield cells(method, returns, f"{places:.0%}")
+
+    def effect(found, name):
+        one, other = pebble.EFFECTS[name]
+        return mean_se(pebble.mean_return(found, one) - pebble.mean_return(found, other))
+
+    def shown(mean, error):
+        return f"{signed(mean, '.1f')} ± {error:.1f}"
+
+    for name in pebble.EFFECTS:
+        yield cells(name, shown(*effect(new, name)), shown(*effect(held, name)))
+    bug, error = effect(new, "relabelling to the index alone")
+    yield f"the bug costs {-bug:.1f} ± {error:.1f}"
+    yield f"where they see {statistics.mean(pebble.values(held, 'seen', method='neither', answers=0)):.0%} of the places"
+
+    def errors(found, name):
+        mean, error = effect(found, name)
+        return mean / error
+
+    for name in ("pre-exploration, with relabelling", "pre-exploration, without"):
+        assert errors(new, name) > 5 and abs(errors(held, name)) < 2
+    for name in ("relabelling, with pre-exploration", "relabelling, without"):
+        assert abs(errors(new, name)) < 2.1 and errors(held, name) > 3
+    assert errors(new, "relabelling to the index alone") < -2 and abs(errors(held, "relabelling to the index alone")) < 2
+    for found in (new, held):
+        assert all(abs(errors(found, name)) < 2 for name in ("pseudo-labels", "crops", "both"))
+        for method in ("+ pseudo-labels", "SURF"):
+            assert statistics.mean(pebble.values(found, "pseudo_right", method=method, answers=60)) > 0.99
+
+
+def preference_rl_stored():
+    path = "preference-rl/dppo/results.jsonl"
+
+    def right(teacher, model):
+        return [100 * value for value in column(rows(path, teacher=teacher, model=model), "accuracy")]
+
+    def returns(way, pairs):
+        return column(rows(path, experiment="policy", way=way, pairs=pairs), "return")
+
+    def errors(one, other):
+        mean, error = mean_se([a - b for a, b in zip(one, other)])
+        return mean / error
+
+    for teacher in dppo.TEACHERS:
+        yield cells(teacher, [pm(right(teacher, model), ".1f") for model in dppo.MODELS])
+        assert all(len(right(teacher, model)) == 20 for model in dppo.MODELS)
+    for teacher in ("adds up", "best moment"):
+        loss = statistics.mean(right(teacher, "Markov sum")) - statistics.mean(right(teacher, "+ history"))
+        assert 0.5 < loss < 2
+    for teacher in dppo.TEACHERS:
+        change = statistics.mean(right(teacher, "+ weights")) - statistics.mean(right(teacher, "Markov sum"))
+        assert abs(change) < 0.5  # "half a point or less"
+    for way in dppo.ways_of(read(path)):
+        yield cells(way, [pm(returns(way, pairs), ".1f") for pairs in ("segments", "episodes")])
+    yield f"(which have {pm(returns('the stored episodes', 'none'), '.1f')} themselves)"
+    gain = [a - b for a, b in zip(returns("DPPO, lambda 0.5", "episodes"), returns("cloning of asked winners", "episodes"))]
+    assert mean_se(gain)[0] > 2 * mean_se(gain)[1]
+    assert errors(returns("DPPO, lambda 0.5", "episodes"), returns("DPPO, lambda 0", "episodes")) > 2
+    yield f"DPPO (λ = 0.5) is above cloning of the winners by {pm(gain, '.1f')}"
+
+
+def human_effort():
+    own = read("human-effort/scores/results.jsonl")
+
+    def angles(person, kind, answers, drift=0.5):
+        return scores.values(own, "degrees", person=person, kind=kind, answers=answers, drift=drift)
+
+    for person in scores.PEOPLE:
+        for kind in scores.ANSWERS:
+            yield cells(person, kind, [pm(angles(person, kind, n), ".1f") for n in (20, 80, 320)])
+    yield cells("step", [f"{drift:g}" for drift in scores.DRIFTS])
+    for kind in scores.ANSWERS:
+        yield cells(kind, [pm(angles("drifting", kind, scores.AFTER, drift), ".1f") for drift in scores.DRIFTS])
+    squares = [statistics.mean(value**2 for value in angles("calibrated", kind, 320)) for kind in ("comparisons", "scores")]
+    worth = scores.values(own, "worth")
+    assert len(worth) == 50
+    yield f"worth {pm(worth, '.1f')} comparisons in theory, and {squares[0] / squares[1]:.1f} after 320 answers"
+    yield f"after {6 * scores.LOOK * (statistics.mean(worth) - 1) / 0.5**2:.0f} answers in theory"
+    assert scores.overtakes(own, person="drifting", drift=0.5) == 320
+
+    found = read("human-effort/effort/results.jsonl")
+    for way in effort.WAYS:
+        last = max(effort.values(found, "answers", way=way))
+        parts = []
+        for unit in effort.COSTS:
+            for share in (0.75, 0.9):
+                answers = effort.needed(found, way, share)
+                above = "" if answers < math.inf else "> "
+                parts.append(f"{above}{min(answers, last) * effort.cost(way, unit):.0f}")
+        yield cells(way, parts, pm(effort.values(found, "return", way=way, answers=last), ".1f"))
+    yield f"the true reward's policy has {pm(effort.values(found, 'return', way='true reward'), '.1f')}"
 
 
 def dagger():
@@ -1080,6 +1182,7 @@ CLAIMS = {
     "results/bt/README.md": bt,
     "results/dueling/README.md": dueling,
     "results/preference-rl/README.md": preference_rl,
+    "results/human-effort/README.md": human_effort,
     "results/dagger/README.md": dagger,
     "results/irl/README.md": irl,
     "results/tamer/README.md": tamer,
