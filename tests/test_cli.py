@@ -41,8 +41,9 @@ from test_faults import tree
 ALGORITHMS = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "reinforce": reinforce, "ppo": ppo}
 CONFIGS = {**ALGORITHMS, "classifier": classifier, "bt": bt, "preference_rl": preference_rl, "dagger": dagger,
            "experiments/frontier": frontier, "experiments/scaling": scaling, "experiments/winrate": winrate}
-for name in ("vargrad", "derive", "dueling", "irl", "tamer", "label", "experiments/quiz", "experiments/distill", "experiments/ablation",
-             "experiments/ceiling", "experiments/bench", "experiments/memory", "experiments/clicks"):
+for name in ("vargrad", "derive", "dueling", "irl", "tamer", "pebble", "dppo", "label", "experiments/quiz", "experiments/distill", "experiments/ablation",
+             "experiments/ceiling", "experiments/bench", "experiments/memory", "experiments/clicks", "experiments/ledger",
+             "experiments/scores", "experiments/effort"):
     CONFIGS[name] = importlib.import_module(name.replace("/", "."))
 SOURCES = [path for pattern in ("*.py", "common/*.py", "experiments/*.py", "data/*.py", "data/*/*.py")
            for path in clone.ROOT.glob(pattern)]
@@ -626,7 +627,7 @@ def test_a_real_process_says_one_line_and_exits_1_at_once(root, tmp_path):
 def test_import_draws_in_no_library_that_only_some_runs_need():
     """--help and every mistake wait for the imports, so figures and GPT-2 weights are imported where they are used."""
     program = ("import sys, sft, reward_model, classifier, dpo, vargrad, reinforce, ppo, evaluate, sample, bt, dueling, preference_rl, dagger\n"
-               "import irl, tamer\n"
+               "import irl, tamer, pebble, dppo\n"
                "from experiments import frontier, winrate, scaling\n"
                "print(*{name.split('.')[0] for name in sys.modules})")
     modules = subprocess.run([sys.executable, "-c", program], cwd=clone.ROOT, capture_output=True, text=True, check=True,
@@ -664,10 +665,11 @@ def test_the_scripts_can_prepare_every_dataset(prepare):
     inspect.signature(importlib.import_module(f"data.{prepare.parent.name}.prepare").prepare).bind(out=Path())
 
 
-@pytest.mark.parametrize("script", [*clone.SCRIPTS, "bt", "dueling", "preference_rl", "dagger", "irl", "tamer", "label",
+@pytest.mark.parametrize("script", [*clone.SCRIPTS, "bt", "dueling", "preference_rl", "dagger", "irl", "tamer", "pebble", "dppo", "label",
                                     "experiments/distill", "experiments/bench", "experiments/memory", "experiments/frontier",
                                     "experiments/winrate", "experiments/scaling", "experiments/agreement",
-                                    "experiments/samples", "experiments/ablation", "experiments/clicks", "data/reviews/prepare",
+                                    "experiments/samples", "experiments/ablation", "experiments/clicks", "experiments/ledger",
+                                    "experiments/scores", "experiments/effort", "data/reviews/prepare",
                                     "data/imdb/prepare", "data/tldr/prepare"])
 def test_help_of_every_script_exits_0_and_does_nothing(script, root, tmp_path, monkeypatch, capsys):
     """Asking what a script does must not do it."""

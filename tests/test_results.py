@@ -22,6 +22,7 @@ import pytest
 import dppo
 import evaluate
 import pebble
+import tamer as tamer_script
 from common.statistics import mean_se
 from experiments import ablation, ceiling, effort, frontier, scaling, scores, winrate
 
@@ -835,7 +836,7 @@ def irl():
 
 
 def tamer():
-    import tamer as script
+    script = tamer_script
     found = read("tamer/results.jsonl")
     assert len(found) == 8 * (16 + 3) and all(len(one["lines"]) == 20 for one in found if one["method"] in script.ALONE)
     table = {name: script.summary(of_method) for name, of_method in script.table(found).items()}
@@ -879,7 +880,7 @@ def tamer():
 
 def course_feedback():
     """The command's first table is a part of the rows: seeds 0 to 3, twelve generations, games of up to 500 pieces."""
-    import tamer as script
+    script = tamer_script
     found = [one | {"lines": one["lines"][:12]} for one in read("tamer/results.jsonl") if one["seed"] < 4]
     with redirect_stdout(io.StringIO()) as printed:
         script.print_tables(found, script.Config())
@@ -1020,8 +1021,7 @@ def readme():
     yield (f"wins {win_rate_of('posts', 'best of n', 1.0, 16)} with n = 16 and {win_rate_of('posts', 'best of n', 1.0, 128)} "
            f"with n = 128, where DPO wins {win_rate_of('posts', 'DPO', 1.0)} with one")
     methods, why = methods_of("reviews/frontier/results.jsonl"), methods_of("reviews/frontier-why/results.jsonl")
-    dpo, ten = methods["DPO"], why["DPO, 10x pairs"].ends[0]
-    yield f"[{reviews_scale().share(ten.reward, ten.kl)} of the optimum]"
+    dpo = methods["DPO"]
     more, clean = (points_above(dpo, why[name].ends[0]) for name in ("DPO, 10x pairs", "DPO, noise-free labels"))
     yield f"ten times the pairs are worth {more:.0f} points of the optimum to DPO, labels without noise {clean:.0f}"
     best = methods_of("reviews/frontier-best/results.jsonl")
@@ -1040,6 +1040,24 @@ def readme():
     slopes = [next(one for one in rows("dagger/bridge/results.jsonl", method=method) if "slope" in one)["slope"]
               for method in ("cloning", "DAgger")]
     yield f"T^{slopes[0]:.2f} and T^{slopes[1]:.2f}"
+    for world, texts in ("the ice has melted", "{max-ent} against {cloning} of the best when the ice has melted"), (
+            "the ice has melted", "with a weight a square {max-ent, a weight a square}"):
+        own = rows("irl/results.jsonl", expert="optimal", world=world, demonstrations=100)
+        yield re.sub("{(.*?)}", lambda name: pm([100 * one[name.group(1)] for one in own], ".1f"), texts)
+    yield "{:.1f} ± {:.1f} lines (a simulated trainer), {:.1f} ± {:.1f} without, which overtakes people's {} later".format(
+        *(number for name in ("TAMER", "cross-entropy")
+          for number in tamer_script.summary(tamer_script.table(read("tamer/results.jsonl"))[name])["third"]),
+        tamer_script.PUBLISHED["TAMER"][0])
+    needed, of_ab = (math.exp(statistics.mean(math.log(one["needed"]) for one in rows(
+        "dueling/clicks/results.jsonl", user="navigational", method=method))) for method in ("team-draft", "A/B, reciprocal rank"))
+    yield f"right after {needed:.0f} impressions; an A/B test needs {of_ab / needed:.1f} times as many"
+    own = read("human-effort/scores/results.jsonl")
+    squeezed = [pm(scores.values(own, "degrees", person="hard to please", kind=kind, answers=320, drift=0.5), ".1f")
+                for kind in ("comparisons", "scores")]
+    yield "if the scale is squeezed: {}° against {}°".format(*squeezed)
+    squares = [statistics.mean(value**2 for value in scores.values(own, "degrees", person="calibrated", kind=kind, answers=320,
+                                                                   drift=0.5)) for kind in ("comparisons", "scores")]
+    yield f"else a score is worth {squares[0] / squares[1]:.1f}"
     speeds = {name: peer / mine for name, peer, mine in speed_of_peers()}
     yield f"{speeds['reward model']:.1f} to {speeds['DPO']:.1f} times"
 
