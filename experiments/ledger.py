@@ -9,7 +9,7 @@
     DAgger     half of its texts are the teacher's, the others those of the student as it then is,
                slips included; the teacher says what should have come at every place
 
-    python experiments/ledger.py    # 3 seeds; a quarter of an hour of one core
+    python experiments/ledger.py    # 3 seeds; ten minutes of one core
 
 In the teacher's texts a number is the one before it plus or minus 1. Who learns that carries each
 slip along to the end: after k numbers a share of 1 - (1 - slip)^k has one, so the error grows with
@@ -17,8 +17,9 @@ the length, the T^2 of dagger.py. To mend it the moves have to be counted again 
 DAgger's labels say so, and cloning's never do. But counting is harder to learn than adding 1.
 
 Expected: cloning's error grows along its own text, DAgger's does not; with few labels DAgger pays
-more for learning the harder rule than it saves. If DAgger's error grew as cloning's does, the
-theory would be of no use here.
+more for learning the harder rule than it saves. The first came out, the second only where nothing
+slips (results/distill). If DAgger's error grew as cloning's does, the theory would be of no use
+here.
 
 The student is a GPT of two layers and some 29,000 weights; both methods get equally many labelled
 texts and equally many steps. `experiments/distill.py` has the same on film reviews, where nothing

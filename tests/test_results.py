@@ -895,6 +895,23 @@ def course_feedback():
     yield f"this one step decides: {before:,.0f} lines, or {falling:.1f}"
 
 
+def ledger():
+    """The part of the page about texts in which mistakes are carried along."""
+    def error(folder, method, labels, name, first=0, end=24):
+        own = rows(f"distill/{folder}/results.jsonl", method=method, labels=labels)
+        assert len(own) == 3
+        return pm([100 * statistics.mean(one[name][first:end]) for one in own], ".2f")
+
+    for folder, slips in ("ledger", "1 in 100"), ("ledger-slip0", "none"):
+        for labels in (250, 1000, 4000):
+            for method in ("cloning", "DAgger"):
+                own = (folder, method, labels)
+                yield cells(f"{slips}, {labels:,}: {method}", [error(*own, "own", 0, 6), error(*own, "own", 18, 24),
+                                                              error(*own, "own"), error(*own, "teachers")])
+    yield f"cloning's error grows along its own text to {error('ledger', 'cloning', 4000, 'own', 18, 24)}"
+    yield f"DAgger's ends at {error('ledger', 'DAgger', 4000, 'own', 18, 24)}"
+
+
 def distill():
     for label, path, method, form in (
             ("8,000 labelled responses: cloning", "distill/results.jsonl", "cloning", ".2f"),
@@ -1204,7 +1221,7 @@ CLAIMS = {
     "results/dagger/README.md": dagger,
     "results/irl/README.md": irl,
     "results/tamer/README.md": tamer,
-    "results/distill/README.md": distill,
+    "results/distill/README.md": lambda: (*distill(), *ledger()),
     "results/bench/README.md": bench,
     "results/memory/README.md": memory,
     "results/processes/README.md": processes,
