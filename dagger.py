@@ -51,7 +51,7 @@ from tqdm import tqdm
 from common.figures import figure
 from common.files import check_writable, write_jsonl
 from common.settings import parse, require, require_numbers, run_folder, settings
-from common.statistics import mean_se
+from common.statistics import mean_se, values
 
 LABELS = {"bridge": 30_720, "track": 2960}
 MOST_LABELS = {"bridge": 10**6, "track": 10**5}  # what fits into a small machine's memory
@@ -259,11 +259,6 @@ def bridge_run(config: Config, method: str, T: int, labels: int, seed: int) -> d
     return {"task": "bridge", "method": method, "horizon": T, "labels": labels, "seed": seed,
             "epsilon": epsilon, "stuck": stuck, "cost": cost,
             "rolled_out_cost": float(wet.sum(1).mean())}
-
-
-def values(rows: list[dict], name: str, **where: object) -> list[float]:
-    """A field of the rows that have it, and whose other fields are as `where` says."""
-    return [row[name] for row in rows if name in row and where.items() <= row.items()]
 
 
 def slope(horizons: list[int], costs: np.ndarray, seed: int) -> tuple[float, float, float]:

@@ -46,7 +46,7 @@ from common.figures import figure
 from common.files import check_writable, write_jsonl
 from common.pendulum import STEPS, TORQUES, Grid, bumps, roll_out, true_reward
 from common.settings import parse, require, require_numbers, run_folder, settings
-from common.statistics import mean_se, newton
+from common.statistics import fit_logistic, mean_se, sigmoid, values
 
 SEGMENT = 20  # steps of a segment, two seconds
 EXPLORE = (1.0, 0.6, 0.2)  # share of random steps of the three players who made the episodes
@@ -150,10 +150,6 @@ def accuracy(scores: np.ndarray, strengths: np.ndarray, rng: np.random.Generator
 
 # ---- the predictor -------------------------------------------------------------------------------
 
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 0.5 * (1 + np.tanh(0.5 * x))
-
-
 def angles(states: np.ndarray) -> np.ndarray:
     """psi (..., 12): normal bumps over the angle, of sum 1."""
     middle = np.linspace(-np.pi, np.pi, 12, endpoint=False)
@@ -207,16 +203,7 @@ def fit(model: str, states: np.ndarray, pairs: np.ndarray, answers: np.ndarray) 
     x = Predictor(model, np.empty(0), np.empty(0)).inputs(states)  # (n, T, d)
     Phi = x.sum(1)
     questions = Phi[pairs[:, 0]] - Phi[pairs[:, 1]]
-
-    def loss(a: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-        logits = questions @ a
-        p = sigmoid(logits)
-        value = (np.logaddexp(0, logits) - answers * logits).sum() + a @ a / (2 * PRIOR**2)
-        noise = (p * (1 - p))[:, None]
-        return (value, questions.T @ (p - answers) + a / PRIOR**2,
-                questions.T @ (noise * questions) + np.eye(len(a)) / PRIOR**2)
-
-    a, *_ = newton(loss, np.zeros(questions.shape[1]), 1e-6)
+    a = fit_logistic(questions, answers, PRIOR)
     phi = bumps(states)
     b = np.zeros(phi.shape[-1])
     if model in ("+ weights", "+ both"):
@@ -364,11 +351,6 @@ def policies(config: Config, grid: Grid, V: np.ndarray, seed: int) -> list[dict]
     rows.append({"experiment": "policy", "pairs": "none", "way": "the stored episodes",
                  "seed": seed, "return": float(adds_up(begins).mean())})
     return rows
-
-
-def values(rows: list[dict], name: str, **where: object) -> list[float]:
-    """A field of the rows whose other fields are as `where` says."""
-    return [row[name] for row in rows if where.items() <= row.items()]
 
 
 def print_tables(rows: list[dict], config: Config) -> None:

@@ -51,7 +51,7 @@ from common import fail
 from common.figures import figure
 from common.files import check_writable, write_jsonl
 from common.settings import parse, require, require_numbers, run_folder, settings
-from common.statistics import mean_se, newton
+from common.statistics import mean_se, newton, values
 
 Mixture = list[tuple[float, np.ndarray]]  # share of each policy, and rewards it is best for
 
@@ -425,11 +425,6 @@ def main(config: Config) -> None:
         cells = [f"{mean:.2f} ± {error:.2f}" for mean, error in found]
         print_line(f"max-ent, {expert} expert", cells)
     print(f"\nrows and figure  ->  {folder}")
-
-
-def values(rows: list[dict], name: str, **where: object) -> list[float]:
-    """A field of the rows that have it, and whose other fields are as `where` says."""
-    return [row[name] for row in rows if name in row and where.items() <= row.items()]
 
 
 def means_of(rows: list[dict], config: Config, expert: str, world: str,

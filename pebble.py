@@ -41,7 +41,7 @@ from common.figures import figure
 from common.files import check_writable, write_jsonl
 from common.pendulum import SPEED, STEPS, TORQUES, Grid, bumps, roll_out, true_reward
 from common.settings import parse, require, require_numbers, run_folder, settings
-from common.statistics import mean_se, newton
+from common.statistics import fit_logistic, mean_se, sigmoid, values
 
 SEGMENT = 20  # steps of a segment, two seconds
 EPISODES = 10  # of a round
@@ -182,29 +182,6 @@ def seen(states: np.ndarray) -> float:
 
 # ---- the reward ----------------------------------------------------------------------------------
 
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 0.5 * (1 + np.tanh(0.5 * x))
-
-
-def fit(questions: np.ndarray, answers: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Weights w (d,) of the reward: the mode of P(w | answers), with the prior N(0, PRIOR^2).
-
-    Args:
-        questions: (n, d) Phi1 - Phi2 of every pair.
-        answers: (n,) 1 the first was preferred, 0 the second.
-        weights: (n,) how much each counts.
-    """
-    def loss(w: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-        logits = questions @ w
-        p = sigmoid(logits)
-        value = weights @ (np.logaddexp(0, logits) - answers * logits) + w @ w / (2 * PRIOR**2)
-        gradient = questions.T @ (weights * (p - answers)) + w / PRIOR**2
-        noise = (weights * p * (1 - p))[:, None]
-        return value, gradient, questions.T @ (noise * questions) + np.eye(len(w)) / PRIOR**2
-
-    return newton(loss, np.zeros(questions.shape[1]), 1e-6)[0]
-
-
 def crops(pairs: np.ndarray, answers: np.ndarray, count: int,
           rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Cut both segments of each pair (n, 2, SEGMENT, d) to one random length, each where chance
@@ -234,12 +211,13 @@ def learn(config: Config, method: Method, pairs: np.ndarray, answers: np.ndarray
     if method.crop:
         questions, answers = crops(pairs, answers, config.crops, rng)
         weights = np.full(len(answers), 1 / config.crops)
-    w = fit(questions, answers, weights)
+    w = fit_logistic(questions, answers, PRIOR, weights)
     if method.pseudo:
         sure, own = confident(unanswered, w, config.tau)
         questions = np.vstack([questions, unanswered[sure]])
         answers = np.append(answers, own[sure])
-        w = fit(questions, answers, np.append(weights, np.ones(sure.sum())))  # lambda = 1
+        weights = np.append(weights, np.ones(sure.sum()))  # lambda = 1
+        w = fit_logistic(questions, answers, PRIOR, weights)
     return w
 
 
@@ -324,11 +302,6 @@ def measure(config: Config, seed: int, answers: np.ndarray, policy: Callable | N
 
 
 # ---- the experiment ------------------------------------------------------------------------------
-
-def values(rows: list[dict], name: str, **where: object) -> list[float]:
-    """A field of the rows whose other fields are as `where` says, where it is not None."""
-    return [row[name] for row in rows if where.items() <= row.items() and row[name] is not None]
-
 
 def mean_return(rows: list[dict], method: str) -> np.ndarray:
     """Of every person (seeds,), the mean true return after the first, second, ... round of answers:

@@ -49,7 +49,7 @@ from common.figures import figure
 from common.files import check_writable, write_jsonl
 from common.pendulum import SPEED, STEPS, Grid, bumps, episodes, true_reward
 from common.settings import parse, require, require_numbers, run_folder, settings
-from common.statistics import mean_se
+from common.statistics import mean_se, sigmoid, values
 
 SEGMENT = 20  # steps of a segment, two seconds; an episode is five of them
 POOL = 500  # pairs of segments from which a question is chosen
@@ -82,10 +82,6 @@ class Config:
 
 
 # ---- the model: P(first is preferred) = sigmoid(w . (Phi1 - Phi2)), w ~ N(0, prior^2) ------------
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 0.5 * (1 + np.tanh(0.5 * x))
-
 
 def fit_reward(questions: np.ndarray, answers: np.ndarray, prior: float,
                w: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -294,11 +290,6 @@ def main(config: Config) -> None:
     print_asking(rows, config)
     print_backflips(rows, config)
     print(f"\nrows and figure  ->  {folder}")
-
-
-def values(rows: list[dict], name: str, **where: object) -> list[float]:
-    """A field of the rows whose other fields are as `where` says."""
-    return [row[name] for row in rows if where.items() <= row.items()]
 
 
 def print_table(rows: list[dict], name: str, ways: list[str], counts: list[int],

@@ -1,4 +1,4 @@
-"""Means with their standard errors, and Newton's method. NumPy only."""
+"""Rows and their means with standard errors, logistic regression, Newton's method. NumPy only."""
 from __future__ import annotations
 
 import math
@@ -23,6 +23,18 @@ def mean_se(values: Sequence | np.ndarray, axis: int = -1) -> tuple:
     return (float(mean), float(error)) if x.ndim == 1 else (mean, error)
 
 
+def values(rows: list[dict], name: str, **where: object) -> list:
+    """A field of the rows that have it (and not None), and whose other fields are as `where`
+    says."""
+    return [row[name] for row in rows
+            if row.get(name) is not None and where.items() <= row.items()]
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-x)), without overflow."""
+    return 0.5 * (1 + np.tanh(0.5 * x))
+
+
 def newton(objective: Objective, x: np.ndarray, tolerance: float,
            steps: int = 200) -> tuple[np.ndarray, float, np.ndarray, np.ndarray]:
     """The minimum of a strictly convex function, by Newton's method with step halving.
@@ -45,3 +57,26 @@ def newton(objective: Objective, x: np.ndarray, tolerance: float,
         value, gradient, hessian = new
     raise ArithmeticError(
         f"Newton's method has not converged: gradient {np.abs(gradient).max():.3g}")
+
+
+def fit_logistic(questions: np.ndarray, answers: np.ndarray, prior: float,
+                 weights: np.ndarray | None = None) -> np.ndarray:
+    """The mode w (d,) of P(w | answers), where P(answer 1) = sigmoid(question . w) and w is normal.
+
+    Args:
+        questions: (n, d); for Bradley-Terry the features of one segment less those of the other.
+        answers: (n,) 1 the first was preferred, 0 the second.
+        prior: standard deviation of each weight before any answer.
+        weights: (n,) how much each answer counts; 1 without them.
+    """
+    weights = np.ones(len(answers)) if weights is None else weights
+
+    def loss(w: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+        logits = questions @ w
+        p = sigmoid(logits)
+        value = weights @ (np.logaddexp(0, logits) - answers * logits) + w @ w / (2 * prior**2)
+        gradient = questions.T @ (weights * (p - answers)) + w / prior**2
+        noise = (weights * p * (1 - p))[:, None]  # the variance of each answer
+        return value, gradient, questions.T @ (noise * questions) + np.eye(len(w)) / prior**2
+
+    return newton(loss, np.zeros(questions.shape[1]), 1e-6)[0]

@@ -47,7 +47,7 @@ from common.pendulum import (  # noqa: E402
     STEPS, TORQUES, Grid, bumps, episodes, roll_out, true_reward)
 from common.settings import (  # noqa: E402
     parse, require, require_numbers, run_folder, settings)
-from common.statistics import mean_se  # noqa: E402
+from common.statistics import mean_se, values  # noqa: E402
 from preference_rl import EXPLORE, SEGMENT, true_return  # noqa: E402
 
 LABELS = 40  # of a round of DAgger
@@ -180,11 +180,6 @@ def one_seed(config: Config, grid: Grid, best_V: np.ndarray, seed: int) -> list[
         "random actions": [{"answers": 0, "return": true_return(grid, None, seed)}],
     }
     return [{"way": way, "seed": seed, **row} for way, rows in found.items() for row in rows]
-
-
-def values(rows: list[dict], name: str, **where: object) -> list[float]:
-    """A field of the rows whose other fields are as `where` says."""
-    return [row[name] for row in rows if where.items() <= row.items()]
 
 
 def cost(way: str, unit: str) -> float:

@@ -55,7 +55,7 @@ from common.figures import figure  # noqa: E402
 from common.files import check_writable, write_jsonl  # noqa: E402
 from common.settings import (  # noqa: E402
     parse, require, require_numbers, run_folder, settings)
-from common.statistics import mean_se  # noqa: E402
+from common.statistics import mean_se, values  # noqa: E402
 from common.training import generator, set_lr, warmup_cosine  # noqa: E402
 from model import GPT, Cache, GPTConfig  # noqa: E402
 
@@ -199,12 +199,6 @@ def sizes(config: Config) -> list[int]:
     return [config.labels // 16, config.labels // 4, config.labels]
 
 
-def column(rows: list[dict], name: str, method: str, labels: int) -> np.ndarray:
-    """A field of every seed of a method: (seeds,) or (seeds, T)."""
-    return np.array([row[name] for row in rows
-                     if row["method"] == method and row["labels"] == labels])
-
-
 def print_table(rows: list[dict], config: Config) -> None:
     """The errors of all students."""
     print(f"\nerror at a number, in %; {config.seeds} seeds\n")
@@ -212,8 +206,8 @@ def print_table(rows: list[dict], config: Config) -> None:
           f"{'of a text by the teacher':>28}")
     for labels in sizes(config):
         for method in METHODS:
-            own = 100 * column(rows, "own", method, labels)  # (seeds, T)
-            taught = 100 * column(rows, "teachers", method, labels)
+            own = 100 * np.array(values(rows, "own", method=method, labels=labels))  # (seeds, T)
+            taught = 100 * np.array(values(rows, "teachers", method=method, labels=labels))
             line = f"{labels:>7,}  {method:15}"
             for part in (own[:, :6], own[:, -6:], own):
                 mean, error = mean_se(part.mean(1))
@@ -227,14 +221,14 @@ def draw(rows: list[dict], config: Config, path: Path) -> None:
     numbers = np.arange(1, T + 1)
     with figure(path, 2, width=5) as (_, (along, by_labels)):
         for method in METHODS:
-            own = column(rows, "own", method, config.labels)
+            own = np.array(values(rows, "own", method=method, labels=config.labels))
             mean, error = mean_se(own, axis=0)
             line, = along.plot(numbers, mean, label=f"{method}, own texts")
             along.fill_between(numbers, mean - error, mean + error, alpha=0.2)
-            taught = column(rows, "teachers", method, config.labels).mean(0)
+            taught = np.mean(values(rows, "teachers", method=method, labels=config.labels), 0)
             along.plot(numbers, taught, "--", color=line.get_color(),
                        label=f"{method}, the teacher's texts")
-            means = [mean_se(column(rows, "own", method, labels).mean(1))
+            means = [mean_se(np.mean(values(rows, "own", method=method, labels=labels), 1))
                      for labels in sizes(config)]
             mean, error = np.array(means).T
             by_labels.errorbar(sizes(config), mean, error, fmt="o-", capsize=3, label=method)

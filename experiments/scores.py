@@ -58,8 +58,8 @@ from common.files import check_writable, write_jsonl  # noqa: E402
 from common.pendulum import STEPS, Grid, episodes  # noqa: E402
 from common.settings import (  # noqa: E402
     parse, require, require_numbers, run_folder, settings)
-from common.statistics import mean_se  # noqa: E402
-from preference_rl import SEGMENT, fit_reward, four_features, sigmoid  # noqa: E402
+from common.statistics import mean_se, sigmoid, values  # noqa: E402
+from preference_rl import SEGMENT, fit_reward, four_features  # noqa: E402
 
 PEOPLE = ("calibrated", "drifting", "hard to please", "crowd", "all three")
 ANSWERS = ("comparisons", "scores", "differences", "orders")
@@ -178,24 +178,20 @@ def one_person(config: Config, seed: int) -> list[dict]:
     runs += [("drifting", drift, AFTER) for drift in DRIFTS]
     rows = []
     for person, drift, count in dict.fromkeys(runs):
-        for answers in ANSWERS:
-            w = learn(answers, Phi[:, :count], v[:, :count], person, drift,
+        row = {"person": person, "drift": drift, "seed": seed, "answers": count}
+        for kind in ANSWERS:
+            w = learn(kind, Phi[:, :count], v[:, :count], person, drift,
                       np.random.default_rng([seed, 2]))
-            rows.append({"person": person, "drift": drift, "seed": seed, "kind": answers,
-                         "answers": count, "degrees": round(angle(w, true_w), 3)})
+            row[kind] = round(angle(w, true_w), 3)  # degrees
+        rows.append(row)
     return rows + [{"seed": seed, "worth": worth(segments, true_w, rng)}]
-
-
-def values(rows: list[dict], name: str, **where: object) -> list[float]:
-    """A field of the rows that have it, and whose other fields are as `where` says."""
-    return [row[name] for row in rows if name in row and where.items() <= row.items()]
 
 
 def overtakes(rows: list[dict], **where: object) -> int | None:
     """The smallest number of answers from which on comparisons have the smaller mean error."""
     found = None
     for count in reversed(COUNTS):
-        ours, theirs = (np.mean(values(rows, "degrees", kind=kind, answers=count, **where))
+        ours, theirs = (np.mean(values(rows, kind, answers=count, **where))
                         for kind in ("comparisons", "scores"))
         if ours > theirs:
             break
@@ -210,8 +206,8 @@ def print_tables(rows: list[dict], config: Config) -> None:
         for kind in ANSWERS:
             line = f"{person:16}{kind:15}"
             for count in COUNTS:
-                mean, error = mean_se(values(rows, "degrees", person=person, kind=kind,
-                                             answers=count, drift=config.drift))
+                mean, error = mean_se(values(rows, kind, person=person, answers=count,
+                                             drift=config.drift))
                 line += f"{mean:7.1f} ± {error:3.1f}"
             print(line)
     print(f"\nthe drifting person after {AFTER} answers, by the step of the mood\n")
@@ -219,14 +215,14 @@ def print_tables(rows: list[dict], config: Config) -> None:
     for kind in ANSWERS:
         line = f"{'':16}{kind:15}"
         for drift in DRIFTS:
-            mean, error = mean_se(values(rows, "degrees", person="drifting", kind=kind,
-                                         answers=AFTER, drift=drift))
+            mean, error = mean_se(values(rows, kind, person="drifting", answers=AFTER,
+                                         drift=drift))
             line += f"{mean:7.1f} ± {error:3.1f}"
         print(line)
 
     theory, error = mean_se(values(rows, "worth"))
     n = max(COUNTS)
-    squares = [np.mean(np.square(values(rows, "degrees", person="calibrated", kind=kind, answers=n,
+    squares = [np.mean(np.square(values(rows, kind, person="calibrated", answers=n,
                                         drift=config.drift))) for kind in ANSWERS]
     print(f"\na calibrated score is worth {theory:.1f} ± {error:.1f} comparisons in theory, "
           f"{squares[0] / squares[1]:.1f} after {n} answers")
@@ -260,7 +256,7 @@ def draw(rows: list[dict], config: Config, path: Path) -> None:
 def draw_means(axis, rows: list[dict], over: str, places: tuple, kind: str,
                **where: object) -> None:
     """Mean and standard error over people of the angle, against another field."""
-    table = [values(rows, "degrees", kind=kind, **where, **{over: at}) for at in places]
+    table = [values(rows, kind, **where, **{over: at}) for at in places]
     mean, error = mean_se(np.array(table))
     axis.plot(places, mean, label=kind)
     axis.fill_between(places, mean - error, mean + error, alpha=0.2)

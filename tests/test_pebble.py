@@ -108,12 +108,12 @@ def test_exploration_by_entropy_sees_more_than_random_actions():
 def test_the_fit_is_that_of_preference_rl(rng):
     questions, answers = rng.normal(size=(30, 4)), rng.choice([0.0, 1.0], 30)
     mode, _ = prl.fit_reward(questions, answers, pebble.PRIOR)
-    assert np.allclose(pebble.fit(questions, answers, np.ones(30)), mode, atol=1e-6)
+    assert np.allclose(pebble.fit_logistic(questions, answers, pebble.PRIOR), mode, atol=1e-6)
     # a weight of 2 is the same question twice
-    twice = pebble.fit(np.vstack([questions, questions[:5]]), np.append(answers, answers[:5]),
-                       np.ones(35))
+    twice = pebble.fit_logistic(np.vstack([questions, questions[:5]]),
+                                np.append(answers, answers[:5]), pebble.PRIOR)
     weights = np.where(np.arange(30) < 5, 2.0, 1.0)
-    assert np.allclose(pebble.fit(questions, answers, weights), twice, atol=1e-6)
+    assert np.allclose(pebble.fit_logistic(questions, answers, pebble.PRIOR, weights), twice, atol=1e-6)
 
 
 def test_crops_keep_the_answer_and_cut_both_segments_to_one_length(rng):

@@ -722,7 +722,7 @@ def human_effort():
     own = read("human-effort/scores/results.jsonl")
 
     def angles(person, kind, answers, drift=0.5):
-        return scores.values(own, "degrees", person=person, kind=kind, answers=answers, drift=drift)
+        return scores.values(own, kind, person=person, answers=answers, drift=drift)
 
     for person in scores.PEOPLE:
         for kind in scores.ANSWERS:
@@ -1069,11 +1069,10 @@ def readme():
         "dueling/clicks/results.jsonl", user="navigational", method=method))) for method in ("team-draft", "A/B, reciprocal rank"))
     yield f"right after {needed:.0f} impressions; an A/B test needs {of_ab / needed:.1f} times as many"
     own = read("human-effort/scores/results.jsonl")
-    squeezed = [pm(scores.values(own, "degrees", person="hard to please", kind=kind, answers=320, drift=0.5), ".1f")
+    squeezed = [pm(scores.values(own, kind, person="hard to please", answers=320, drift=0.5), ".1f")
                 for kind in ("comparisons", "scores")]
     yield "if the scale is squeezed: {}° against {}°".format(*squeezed)
-    squares = [statistics.mean(value**2 for value in scores.values(own, "degrees", person="calibrated", kind=kind, answers=320,
-                                                                   drift=0.5)) for kind in ("comparisons", "scores")]
+    squares = [statistics.mean(value**2 for value in scores.values(own, kind, person="calibrated", answers=320, drift=0.5)) for kind in ("comparisons", "scores")]
     yield f"else a score is worth {squares[0] / squares[1]:.1f}"
     speeds = {name: peer / mine for name, peer, mine in speed_of_peers()}
     yield f"{speeds['reward model']:.1f} to {speeds['DPO']:.1f} times"

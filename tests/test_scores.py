@@ -79,8 +79,7 @@ def test_the_calibrated_persons_scores_win_and_the_drifting_ones_lose_in_the_end
     rows = [row for seed in range(12) for row in scores.one_person(config, seed)]
 
     def mean(person, kind):
-        return np.mean(scores.values(rows, "degrees", person=person, kind=kind, answers=320,
-                                     drift=1.0))
+        return np.mean(scores.values(rows, kind, person=person, answers=320, drift=1.0))
     assert mean("calibrated", "scores") < 0.7 * mean("calibrated", "comparisons")
     assert mean("drifting", "scores") > 1.3 * mean("drifting", "comparisons")
     assert mean("drifting", "differences") < mean("drifting", "comparisons")
@@ -88,11 +87,11 @@ def test_the_calibrated_persons_scores_win_and_the_drifting_ones_lose_in_the_end
 
 
 def test_overtaking_is_counted_from_where_comparisons_stay_ahead():
-    rows = [{"kind": kind, "answers": n, "degrees": value} for kind, line in (
-        ("comparisons", (9, 8, 6, 5, 4, 3, 2)), ("scores", (10, 7, 7, 4, 4.5, 4.4, 4.3)))
-        for n, value in zip(scores.COUNTS, line)]
+    comparisons, of_scores = (9, 8, 6, 5, 4, 3, 2), (10, 7, 7, 4, 4.5, 4.4, 4.3)
+    rows = [{"answers": n, "comparisons": one, "scores": other}
+            for n, one, other in zip(scores.COUNTS, comparisons, of_scores)]
     assert scores.overtakes(rows) == 80
-    assert scores.overtakes(rows[:7] + [row | {"degrees": 0} for row in rows[7:]]) is None
+    assert scores.overtakes([row | {"scores": 0} for row in rows]) is None
 
 
 def test_it_leaves_rows_and_a_figure(tmp_path):
