@@ -238,6 +238,8 @@ def draw(rows: list[dict], config: Config, path: Path) -> None:
                   title=f"{config.labels:,} labelled texts")
         by_labels.set(xscale="log", yscale="log", xlabel="labelled texts", ylabel="mean error",
                       title="own texts")
+        by_labels.set_xticks(sizes(config), [f"{labels:,}" for labels in sizes(config)])
+        by_labels.minorticks_off()
         for axis in (along, by_labels):
             axis.legend(fontsize=8)
 
