@@ -895,13 +895,15 @@ def course_feedback():
     yield f"this one step decides: {before:,.0f} lines, or {falling:.1f}"
 
 
+def ledger_error(folder, method, labels, name, first=0, end=24):
+    own = rows(f"distill/{folder}/results.jsonl", method=method, labels=labels)
+    assert len(own) == 3
+    return pm([100 * statistics.mean(one[name][first:end]) for one in own], ".2f")
+
+
 def ledger():
     """The part of the page about texts in which mistakes are carried along."""
-    def error(folder, method, labels, name, first=0, end=24):
-        own = rows(f"distill/{folder}/results.jsonl", method=method, labels=labels)
-        assert len(own) == 3
-        return pm([100 * statistics.mean(one[name][first:end]) for one in own], ".2f")
-
+    error = ledger_error
     for folder, slips in ("ledger", "1 in 100"), ("ledger-slip0", "none"):
         for labels in (250, 1000, 4000):
             for method in ("cloning", "DAgger"):
@@ -1057,6 +1059,8 @@ def readme():
     slopes = [next(one for one in rows("dagger/bridge/results.jsonl", method=method) if "slope" in one)["slope"]
               for method in ("cloning", "DAgger")]
     yield f"T^{slopes[0]:.2f} and T^{slopes[1]:.2f}"
+    wrong = [ledger_error("ledger", method, 4000, "own") for method in ("DAgger", "cloning")]
+    yield f"where mistakes are carried along: {wrong[0]}% of numbers wrong, {wrong[1]}% with cloning"
     for world, texts in ("the ice has melted", "{max-ent} against {cloning} of the best when the ice has melted"), (
             "the ice has melted", "with a weight a square {max-ent, a weight a square}"):
         own = rows("irl/results.jsonl", expert="optimal", world=world, demonstrations=100)
