@@ -154,7 +154,7 @@ def test_distances_and_their_gradient(rng):
     slope = np.einsum("nt,ntd,d->n", by_step, phi, way)
     assert np.allclose((ahead - behind) / 2e-6, slope, atol=1e-6)
     own = 3 * np.tanh(phi @ theta)  # a policy is at no distance from itself
-    assert not dppo.distances(theta, phi, own)[0].any()
+    assert not dppo.distances(theta, phi, own, 3.0)[0].any()
 
 
 def test_the_loss_is_the_papers_and_with_lambda_0_losers_do_not_count(rng):
