@@ -650,6 +650,7 @@ def preference_rl():
     yield f"more than 95% certain in {sure[0]:.0%}, of those to questions chosen for information in {sure[1]:.0%}"
     yield from preference_rl_online()
     yield from preference_rl_stored()
+    yield from preference_rl_track()
 
 
 def preference_rl_online():
@@ -716,6 +717,26 @@ def preference_rl_stored():
     assert mean_se(gain)[0] > 2 * mean_se(gain)[1]
     assert errors(returns("DPPO, lambda 0.5", "episodes"), returns("DPPO, lambda 0", "episodes")) > 2
     yield f"DPPO (λ = 0.5) is above cloning of the winners by {pm(gain, '.1f')}"
+
+
+def preference_rl_track():
+    path = "preference-rl/dppo-track/results.jsonl"
+
+    def returns(way, pairs):
+        return column(rows(path, experiment="policy", way=way, pairs=pairs), "return")
+
+    for way in dppo.ways_of(read(path)):
+        assert len(returns(way, "segments")) == 10
+        yield cells(way, [pm(returns(way, pairs), ".1f") for pairs in ("segments", "episodes")])
+    yield f"the stored episodes have {pm(returns('the stored episodes', 'none'), '.1f')}"
+    for pairs in ("segments", "episodes"):
+        direct = returns("DPPO, lambda 0.5", pairs)
+        for way in ("reward, plan from the stored steps", "reward, plan with the physics"):
+            gain, error = mean_se([a - b for a, b in zip(direct, returns(way, pairs))])
+            assert gain > 2 * error
+        gain, error = mean_se([a - b for a, b in zip(direct, returns("cloning of asked winners", pairs))])
+        assert abs(gain) < 2 * error or abs(gain) < 0.1
+    assert statistics.mean(returns("cloning of all", "segments")) > 98
 
 
 def human_effort():
