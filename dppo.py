@@ -10,7 +10,7 @@ Transformer), and a policy that is learned from preferences directly, without a 
         d(pi, segment) = mean_t |pi(s_t) - a_t| / range: how far pi is from what was done there
 
     python dppo.py                # episodes of a pendulum, stored for good; a minute on one core
-    python dppo.py --task track   # 2) on a winding road, where segments lose by what they do
+    python dppo.py --task track   # 2) on a winding road
 
 1) Held-out accuracy of the predictors, for three teachers: one adds up what each moment is worth,
    one judges a segment by its best moment, one by an order of events (left before right).
