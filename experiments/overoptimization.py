@@ -36,6 +36,7 @@ a proxy learned from; member, one of four reward models that differ in their see
 """
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from contextlib import redirect_stdout
@@ -54,7 +55,7 @@ import ppo  # noqa: E402
 import reward_model  # noqa: E402
 from common import pipeline, rewards, tasks  # noqa: E402
 from common.figures import figure  # noqa: E402
-from common.files import atomic_write, check_writable, write_jsonl  # noqa: E402
+from common.files import atomic_write, check_writable, read_jsonl, write_jsonl  # noqa: E402
 from common.pairs import read_pairs  # noqa: E402
 from common.run import load_tensors, save_tensors  # noqa: E402
 from common.settings import (  # noqa: E402
@@ -86,8 +87,11 @@ class Config:
     weak: int = 1000  # Pairs of the proxy of the ensembles and of PPO with a penalty; in --counts.
     penalties: str = "0.05,0.2"  # PPO's KL penalties beside none.
     betas: str = "0.01,0.03,0.1,0.3,1"  # DPO's betas.
+    prompts: int = 0  # Bank prompts that best of n is measured on, the first ones; 0 = all of them.
     seeds: int = 3  # Reward models of each kind; a seed draws pairs, labels, head and order.
     policy_seeds: int = 3  # Seeds with PPO and DPO runs; 0 = best of n alone.
+    also: str = ""  # Rows of experiments/frontier.py (a results.jsonl), whose DPO and PPO are taken
+    # beside the runs of this experiment.
     quick: bool = False  # Compare less: one seed, no penalties, DPO's largest and smallest beta.
 
     # ---- the runs
@@ -98,7 +102,7 @@ class Config:
     print: bool = False  # Run nothing: print the commands that can be run now, one a line.
 
     def __post_init__(self) -> None:
-        require_numbers(self, above_0="weak seeds", from_0="policy_seeds workers")
+        require_numbers(self, above_0="weak seeds", from_0="prompts policy_seeds workers")
         require(str(self.weak) in self.counts.split(","),
                 f"--weak {self.weak}: must be one of --counts {self.counts}")
         require(self.policy_seeds <= self.seeds, f"--policy-seeds {self.policy_seeds}: must be at "
@@ -234,22 +238,20 @@ def reward_models(config: Config, start: pipeline.Start) -> list[PlannedRun]:
 
 
 def policies(config: Config, proxies: list[PlannedRun]) -> list[PlannedRun]:
-    """PPO on the weak and on the strong proxy, and DPO on all pairs. Setting: count and beta."""
+    """PPO on the weak proxy, without a penalty and with some, and DPO on all pairs."""
     planned = []
     folder = Path(config.out)
     penalties = [float(beta) for beta in config.penalties.split(",") if beta]
-    searches = [(str(config.weak), FREE), ("all", FREE)]
-    searches += [(str(config.weak), beta) for beta in penalties]
     shared = dict(dataset=config.dataset, preset=config.preset, sft=config.sft,
                   dtype=config.dtype, resume=True)
     for seed in range(config.policy_seeds):
-        for count, beta in searches:
-            proxy = next(run.config.out for run in proxies if run.method == proxies[0].method
-                         and (run.setting, run.seed) == (count, seed))
+        proxy = next(run.config.out for run in proxies if run.method == proxies[0].method
+                     and (run.setting, run.seed) == (str(config.weak), seed))
+        for beta in [FREE, *penalties]:
             run = ppo.Config(**shared, reward=proxy, beta=beta, seed=seed, evaluate_every=5,
-                             out=str(folder / f"ppo-{count}-beta{beta:g}-seed{seed}"))
-            planned.append(PlannedRun("PPO", f"{count}, beta {beta:g}", seed, run))
-        for beta in map(float, config.betas.split(",")):
+                             out=str(folder / f"ppo-{config.weak}-beta{beta:g}-seed{seed}"))
+            planned.append(PlannedRun("PPO", f"{config.weak}, beta {beta:g}", seed, run))
+        for beta in [float(beta) for beta in config.betas.split(",") if beta]:
             run = dpo.Config(**shared, beta=beta, pairs_seed=seed, seed=seed, evaluate_every=25,
                              out=str(folder / f"dpo-beta{beta:g}-seed{seed}"))
             planned.append(PlannedRun("DPO", f"beta {beta:g}", seed, run))
@@ -257,6 +259,13 @@ def policies(config: Config, proxies: list[PlannedRun]) -> list[PlannedRun]:
 
 
 # ---- what is measured ----------------------------------------------------------------------------
+
+def first_prompts(bank: evaluate.Bank, prompts: int) -> evaluate.Bank:
+    """The bank of its first prompts; 0 = all of them."""
+    rows = slice(prompts or None)
+    return dataclasses.replace(bank, prompts=bank.prompts[rows], rewards=bank.rewards[rows],
+                               lengths=bank.lengths[rows], responses=bank.responses[rows])
+
 
 def bank_scores(run: PlannedRun, start: pipeline.Start) -> torch.Tensor:
     """Scores (M, N) of the bank's responses, kept in the run's folder."""
@@ -310,22 +319,47 @@ def searches(config: Config, proxies: list[PlannedRun], start: pipeline.Start) -
     return rows
 
 
+def along(method: str, setting: str, seed: int, found: list[dict], proxy: list) -> dict:
+    """The row of a policy: a value for each evaluation along its way.
+
+    Args:
+        found: the evaluations, with kl, reward and reward_se.
+        proxy: what is maximised, at each of them; None where it is not known.
+    """
+    rewards = [row["reward"] for row in found]
+    return {"method": method, "setting": setting, "seed": seed,
+            "distance": [math.sqrt(max(0.0, row["kl"])) for row in found], "reward": rewards,
+            "reward_se": [row["reward_se"] for row in found], "proxy": proxy,
+            "fall": max(rewards) - rewards[-1]}  # with noise in it: the largest of several
+
+
 def trained(run: PlannedRun) -> dict:
-    """The row of a PPO or DPO run: a value for each evaluation along its way."""
+    """The row of a PPO or DPO run of this experiment."""
     log = finished_log(run)
-    found = [row for row in log if "eval_kl" in row]
-    kl = [max(0.0, row["eval_kl"]) for row in found]
-    if run.method == "DPO":
-        proxy = [run.config.beta * one for one in kl]
-    else:  # of the same policy, on 256 responses to training prompts; the last one draws none
-        by_step = {row["step"]: row["raw_scores"] for row in log if "raw_scores" in row}
-        proxy = [by_step.get(row["step"]) for row in found]
-    return {"method": run.method, "setting": run.setting, "seed": run.seed,
-            "step": [row["step"] for row in found], "distance": [math.sqrt(one) for one in kl],
-            "reward": [row["eval_reward"] for row in found],
-            "reward_se": [row["eval_reward_se"] for row in found],
-            "length": [row["eval_length"] for row in found], "proxy": proxy,
-            "fall": max(row["eval_reward"] for row in found) - found[-1]["eval_reward"]}
+    found = [{name.removeprefix("eval_"): row[name] for name in row}
+             for row in log if "eval_kl" in row]
+    # PPO's is of the same policy, on 256 responses to training prompts; the last one draws none
+    by_step = {row["step"]: row["raw_scores"] for row in log if "raw_scores" in row}
+    proxy = [by_step.get(row["step"]) if run.method == "PPO" else run.config.beta * row["kl"]
+             for row in found]
+    return along(run.method, run.setting, run.seed, found, proxy)
+
+
+def from_frontier(path: str) -> list[dict]:
+    """The rows of the DPO and PPO runs of experiments/frontier.py, whose results.jsonl has their
+    evaluations one by one. PPO's proxy is not in it."""
+    runs: dict[tuple, list[dict]] = {}
+    for row in read_jsonl(path, {"method": str, "setting": str, "seed": int, "kl": float}):
+        if row["method"] in ("DPO", "PPO"):
+            runs.setdefault((row["method"], row["setting"], row["seed"]), []).append(row)
+    rows = []
+    for (method, setting, seed), found in runs.items():
+        if method == "PPO":
+            rows.append(along(method, f"all, {setting}", seed, found, [None] * len(found)))
+        else:
+            proxy = [row["beta"] * row["kl"] for row in found]
+            rows.append(along(method, setting, seed, found, proxy))
+    return rows
 
 
 def gain(row: dict) -> np.ndarray:
@@ -380,7 +414,7 @@ def draw(rows: list[dict], config: Config, path: Path) -> None:
                               label=setting if j == 0 else None)
                     measured = [(d, p) for d, p in zip(row["distance"], row["proxy"])
                                 if p is not None]
-                    if setting != "gold":
+                    if measured and setting != "gold":
                         proxy.plot(*zip(*measured), **style)
             gold.set(title=method, ylabel="gold reward")
             proxy.set(xlabel=r"$d = \sqrt{KL}$", ylabel="proxy")
@@ -402,7 +436,7 @@ def main(config: Config) -> None:
             pipeline.sft_policy(config.sft, config.dataset, config.preset, config.dtype),
             config.dataset, config.preset, config.dtype)
         start.gold = pipeline.gold_reward(start)
-        start.bank = pipeline.sample_bank(start)
+        start.bank = first_prompts(pipeline.sample_bank(start), config.prompts)
         proxies = reward_models(config, start)
     if config.print and not all(is_finished(run) for run in proxies):
         return print_commands(proxies)
@@ -418,6 +452,8 @@ def main(config: Config) -> None:
 
     # ---- 3) all files first, then the screen -----------------------------------------------------
     rows = searches(config, proxies, start) + [trained(run) for run in finished]
+    if config.also:
+        rows += from_frontier(config.also)
     write_jsonl(folder / "results.jsonl", rows)
     draw(rows, config, folder / "figure.png")
     text = table(rows)

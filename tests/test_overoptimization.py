@@ -134,7 +134,7 @@ def test_a_small_run(small_reviews, sft_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(over, "run_all", run_all)
     shutil.copytree(sft_run, tmp_path / "runs/sft")
     flags = ["--sft", str(tmp_path / "runs/sft"), "--small", "1x16", "--counts", "30,60", "--weak", "30", "--seeds", "2",
-             "--policy-seeds", "0"]
+             "--policy-seeds", "0", "--prompts", "3"]
     config = parse(Config, over.__doc__, flags)
     over.main(config)
     assert len(trained) == 2 * (2 + 1 + 2 + 1)  # the weak one with a second member, the small one, the next count, all pairs
@@ -178,3 +178,13 @@ def test_what_a_policys_row_says(tmp_path):
 def test_what_cannot_be_run_is_said(flags, says):
     with pytest.raises(SystemExit, match=says):
         parse(Config, over.__doc__, flags)
+
+
+def test_the_rows_of_the_frontier_are_read():
+    """A curve of each DPO and PPO run; the other methods are left out."""
+    rows = over.from_frontier("results/reviews/frontier-best/results.jsonl")
+    assert {(row["method"], row["setting"]) for row in rows if row["seed"] == 2} == {
+        ("DPO", "beta 1"), ("DPO", "beta 0.5"), ("DPO", "beta 0.3"), ("DPO", "beta 0.1"), ("DPO", "beta 1, epochs 3"),
+        ("PPO", "all, beta 0.6"), ("PPO", "all, beta 0.3"), ("PPO", "all, beta 0.15")}
+    dpo = next(row for row in rows if row["method"] == "DPO" and row["setting"] == "beta 0.5")
+    assert len(dpo["reward"]) == 13 and dpo["proxy"] == pytest.approx([0.5 * d**2 for d in dpo["distance"]])
