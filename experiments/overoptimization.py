@@ -393,7 +393,8 @@ def table(rows: list[dict]) -> str:
             columns.append(([held_out_error(row["distance"], gain(row), form) for row in own],
                             ".2f"))
         lines.append([f"{method}: {setting}",
-                      *(number(*mean_se(values), form) for values, form in columns)])
+                      *("" if np.isnan(values).any() else number(*mean_se(values), form)
+                        for values, form in columns)])
     return as_table(lines)
 
 
