@@ -5,14 +5,15 @@ noisy pairs; how does the gold reward fare the harder the proxy is maximised?
     R_bon(d) = d (alpha - beta d)                                   best of n,  Gao et al., Eq. 1
     R_rl(d)  = d (alpha - beta log d)                               RL,         Gao et al., Eq. 1
 
-    python experiments/overoptimization.py           # `reviews`; an hour of one core
+    python experiments/overoptimization.py           # `reviews`; an hour and a half of one core
     python experiments/overoptimization.py --quick   # one seed, fewer runs: ten minutes
 
 Three ways of maximising a proxy, each with gold and proxy against d:
 
     best of n    n = 1 to 256 of the bank's responses, chosen by a reward model. Nothing is trained:
                  order statistics of the 256 give the mean over all draws of n.
-    PPO          with next to no KL penalty (--beta 1e-6) and with two larger ones, every 5 updates
+    PPO          on a reward model of 1,000 pairs, without a KL penalty (--beta 1e-6, next to
+                 none) and with two, every 5 updates
     DPO          five betas, every 25 steps. Its proxy is its own implicit reward, whose mean on its
                  own responses is beta KL (plus beta log Z): it cannot fall.
 
@@ -23,7 +24,9 @@ distances and judged on the other half.
 
 Expected: the curves rise, and with few pairs they fall again; more pairs move the peak up and to
 the right; PPO travels further than best of n for the same gold reward; a KL penalty stops earlier
-on the same curve. If no curve falls, or the wrong form predicts as well, that is what is reported.
+on the same curve. Found (results/overoptimization): PPO without a penalty falls below where it
+began, best of n and DPO hardly at all; a penalty is better than stopping; the forms are not told
+apart.
 
 Differs from Gao et al.: labels are noisy, as people's are; the proxy has the size of the policy or
 less; gold is exact; the KL of best of n is the bound log n - (n - 1) / n.
@@ -92,7 +95,7 @@ class Config:
     policy_seeds: int = 3  # Seeds with PPO and DPO runs; 0 = best of n alone.
     also: str = ""  # Rows of experiments/frontier.py (a results.jsonl), whose DPO and PPO are taken
     # beside the runs of this experiment.
-    quick: bool = False  # Compare less: one seed, no penalties, DPO's largest and smallest beta.
+    quick: bool = False  # Compare less: one seed, 32 prompts, no penalties, two of DPO's betas.
 
     # ---- the runs
     dtype: Dtype = "auto"  # Number format of matrix products; auto = bfloat16 on CUDA.
@@ -110,7 +113,8 @@ class Config:
         if self.quick:
             betas = self.betas.split(",")
             self.seeds, self.policy_seeds, self.penalties = 1, min(1, self.policy_seeds), ""
-            self.betas = f"{betas[0]},{betas[-1]}"
+            self.betas = ",".join(dict.fromkeys([betas[0], betas[-1]]))
+            self.prompts = self.prompts or 32
         base = runs_of(self.sft) if self.sft else runs_folder(self.dataset, self.preset)
         self.out = self.out or str(base / "overoptimization")
 

@@ -156,6 +156,27 @@ def test_a_small_run(small_reviews, sft_run, tmp_path, monkeypatch, capsys):
     assert rows == [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
+def test_the_quick_form_compares_less():
+    """--quick: one seed and two betas in the same folder, so that the whole goes on with its runs."""
+    quick, usual = (parse(Config, over.__doc__, flags) for flags in (["--quick"], []))
+    assert (quick.seeds, quick.policy_seeds, quick.betas, quick.penalties, quick.prompts) == (1, 1, "0.01,1", "", 32)
+    assert quick.out == usual.out and usual.seeds == 3
+
+
+def test_the_policies_that_are_planned(tmp_path):
+    """PPO on the weak proxy of its seed, free and held; DPO from the pairs of its seed; none for an empty list."""
+    proxies = [over.PlannedRun("2x8", count, seed, over.reward_model.Config(out=f"{count}-{seed}"))
+               for seed in (0, 1) for count in ("300", "1000", "all")]
+    config = Config(policy_seeds=2, penalties="0.2", betas="0.1", out=str(tmp_path))
+    found = over.policies(config, proxies)
+    assert [(run.method, run.setting, run.seed) for run in found] == [
+        (method, setting, seed) for seed in (0, 1)
+        for method, setting in (("PPO", "1000, beta 1e-06"), ("PPO", "1000, beta 0.2"), ("DPO", "beta 0.1"))]
+    assert [run.config.reward for run in found if run.method == "PPO"] == ["1000-0", "1000-0", "1000-1", "1000-1"]
+    assert found[-1].config.pairs_seed == found[-1].config.seed == 1
+    assert len(over.policies(Config(policy_seeds=1, penalties="", betas="", out=str(tmp_path)), proxies)) == 1
+
+
 def test_what_a_policys_row_says(tmp_path):
     """Gold and KL of every evaluation; PPO's proxy is that of the same step, DPO's is beta KL."""
     log = [{"step": 0, "eval_reward": 0.5, "eval_reward_se": 0.01, "eval_kl": -1e-9, "eval_length": 9},
@@ -169,7 +190,7 @@ def test_what_a_policys_row_says(tmp_path):
     assert found["distance"] == [0, 2, 3] and found["reward"] == [0.5, 0.8, 0.7]
     assert found["proxy"] == [0.1, 1.5, None] and found["fall"] == pytest.approx(0.1)
     run = over.PlannedRun("DPO", "beta 0.1", 0, over.dpo.Config(beta=0.1, out=str(tmp_path)))
-    assert over.trained(run)["proxy"] == pytest.approx([0, 0.4, 0.9])
+    assert over.trained(run)["proxy"] == pytest.approx([0, 0.4, 0.9], abs=1e-9)
 
 
 @pytest.mark.parametrize("flags, says", [(["--weak", "500"], "--weak 500: must be one of --counts"),
