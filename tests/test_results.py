@@ -17,6 +17,7 @@ import statistics
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import dppo
@@ -24,7 +25,7 @@ import evaluate
 import pebble
 import tamer as tamer_script
 from common.statistics import mean_se
-from experiments import ablation, ceiling, effort, frontier, scaling, scores, winrate
+from experiments import ablation, ceiling, effort, frontier, overoptimization as over, scaling, scores, winrate
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -955,6 +956,49 @@ def distill():
            f"methods")
 
 
+def overoptimization():
+    """The table of the command, and what is read from single curves."""
+    path = "overoptimization/results.jsonl"
+    text = over.table(read(path))
+    assert text == (RESULTS / "overoptimization/table.md").read_text(encoding="utf-8")
+    yield from text.splitlines()
+
+    def searched(setting, name="reward", place=-1):
+        """A field of best of n at one n, or its one value, seed by seed; the members of an ensemble are averaged."""
+        own = [one for one in rows(path, method="best of n") if one["setting"].split(", member")[0] == setting]
+        values = [[one[name][place] if isinstance(one[name], list) else one[name] for one in own if one["seed"] == seed]
+                  for seed in range(3)]
+        return [statistics.mean(of_seed) for of_seed in values]
+
+    accuracies = [pm([100 * x for x in searched(f"2x128, {count}", "gold_accuracy")], ".1f") for count in (300, 1000, 3000, "all")]
+    yield "right about the gold order in " + ", ".join(accuracies) + "%"
+    small = [pm([100 * x for x in searched(f"1x32, {count}", "gold_accuracy")], ".1f") for count in (300, 1000, 3000)]
+    yield "the small ones in " + ", ".join(small) + "%"
+    yield "best of 256: " + ", ".join(pm(searched(f"2x128, {count}"), ".3f") for count in (300, 1000, 3000, "all"))
+    members = searched("2x128, 1000")
+    for name in "mean of 4", "minimum of 4":
+        gains = [one - other for one, other in zip(searched(name), members)]
+        mean, error = mean_se(gains)
+        yield f"{name}: {signed(mean, '.3f')} ± {error:.3f}"
+
+    free = row(path, method="PPO", setting="1000, beta 1e-06")
+    top = free["reward"].index(max(free["reward"]))
+    proxy = [value for value in free["proxy"] if value is not None]
+    yield (f"rises from {free['reward'][0]:.3f} to {free['reward'][top]:.3f} at {free['distance'][top]**2:.0f} nats and falls to "
+           f"{free['reward'][-1]:.3f} at {free['distance'][-1]**2:.0f}, while the proxy rises from {proxy[0]:.1f} to {proxy[-1]:.1f}")
+    assert proxy == sorted(proxy)
+    half = np.interp(free["distance"][-2] / 2, free["distance"][:-1], proxy) / proxy[-1]
+    yield f"{half:.0%} of it is there at half the distance"
+    for beta in "0.05", "0.2":
+        held = row(path, method="PPO", setting=f"1000, beta {beta}")
+        there = np.interp(held["distance"][-1], free["distance"], free["reward"])
+        yield f"{held['reward'][-1]:.3f} at {held['distance'][-1]**2:.1f} nats (without a penalty {there:.3f} there)"
+    sixteen = row(path, method="best of n", setting="2x128, 1000, member 1", seed=0)
+    level, place = sixteen["reward"][sixteen["n"].index(16)], sixteen["distance"][sixteen["n"].index(16)]
+    needed = np.interp(level, free["reward"][:top], free["distance"][:top])
+    yield f"best of 16 has {level:.3f} at {place**2:.1f} nats, PPO has that at {needed**2:.1f}"
+
+
 # ---- machines --------------------------------------------------------------------------------------------------------
 
 def bench():
@@ -1246,6 +1290,7 @@ CLAIMS = {
     "results/irl/README.md": irl,
     "results/tamer/README.md": tamer,
     "results/distill/README.md": lambda: (*distill(), *ledger()),
+    "results/overoptimization/README.md": overoptimization,
     "results/bench/README.md": bench,
     "results/memory/README.md": memory,
     "results/processes/README.md": processes,
