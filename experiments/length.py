@@ -47,7 +47,7 @@ import evaluate  # noqa: E402
 from common import fail, pipeline, tasks  # noqa: E402
 from common.figures import figure  # noqa: E402
 from common.files import atomic_write, check_writable, write_jsonl  # noqa: E402
-from common.pairs import encode_pairs, pair_tensors, read_pairs  # noqa: E402
+from common.pairs import pair_tensors, read_pairs  # noqa: E402
 from common.run import load_run  # noqa: E402
 from common.settings import (  # noqa: E402
     changed, parse, require, require_numbers, run_folder, settings)
@@ -162,6 +162,10 @@ def balanced(rows: list[dict]) -> list[dict]:
 
 # ---- the runs ------------------------------------------------------------------------------------
 
+def pairs_file(config: Config, name: str, seed: int) -> Path:
+    return Path(config.out) / f"pairs-{name}-seed{seed}.jsonl"
+
+
 def plan(config: Config, files: list[dict[str, Path]], bias: float) -> list[PlannedRun]:
     """All runs, those of a seed together. `files`: of each seed, the pairs by name."""
     planned = []
@@ -180,9 +184,8 @@ def plan(config: Config, files: list[dict[str, Path]], bias: float) -> list[Plan
     return planned
 
 
-def build(config: Config) -> tuple[pipeline.Start, list[PlannedRun], list[list[dict]], float]:
-    """SFT policy, gold reward and bank; the runs; of each seed the rows of pairs that no run learns
-    from; lambda."""
+def build(config: Config) -> tuple[pipeline.Start, list[PlannedRun], float]:
+    """SFT policy, gold reward and bank; the runs, whose pairs are written; lambda."""
     use_device(config.device)
     folder = Path(config.out)
     check_writable(folder)
@@ -199,22 +202,22 @@ def build(config: Config) -> tuple[pipeline.Start, list[PlannedRun], list[list[d
     start.gold = pipeline.gold_reward(start)
     start.bank = pipeline.sample_bank(start)
 
-    files, unseen, bias = [], [], 0.0
+    files, bias = [], 0.0
     for seed in range(config.seeds):
         rows = read_pairs(pipeline.sampled_pairs(start, "bt", seed=seed))
         prompts = list(dict.fromkeys(row["prompt"] for row in rows))
-        learned = {*prompts[:config.prompts]}
-        unseen.append([row for row in rows if row["prompt"] in prompts[-UNSEEN:]])
+        learned, unseen = {*prompts[:config.prompts]}, {*prompts[-UNSEEN:]}
+        kinds = {"unseen": [row for row in rows if row["prompt"] in unseen]}
         rows = [row for row in rows if row["prompt"] in learned]
         if seed == 0:
             bias = find_bias(rows, task.label_scale, config.share)
-        kinds = {"unbiased": relabelled(rows, task.label_scale, 0.0, seed),
-                 "biased": relabelled(rows, task.label_scale, bias, seed)}
+        kinds["unbiased"] = relabelled(rows, task.label_scale, 0.0, seed)
+        kinds["biased"] = relabelled(rows, task.label_scale, bias, seed)
         kinds["balanced"] = balanced(kinds["biased"])
-        files.append({name: folder / f"pairs-{name}-seed{seed}.jsonl" for name in kinds})
+        files.append({name: pairs_file(config, name, seed) for name in kinds})
         for name, path in files[-1].items():
             write_jsonl(path, kinds[name])
-    return start, with_sources(plan(config, files, bias), start), unseen, bias
+    return start, with_sources(plan(config, files, bias), start), bias
 
 
 # ---- what is measured ----------------------------------------------------------------------------
@@ -235,18 +238,18 @@ def explained(lengths: torch.Tensor, rewards: torch.Tensor) -> tuple[float, floa
     return xy * xy / (xx * yy), xy / xx
 
 
-def on_pairs(policy: GPT, start: pipeline.Start, rows: list[dict],
-             beta: float) -> tuple[float, float]:
-    """R^2 and slope of the implicit reward on pairs of the reference's responses."""
-    pairs = pair_tensors(encode_pairs(rows, start.tokenizer, start.ref.config.block_size, "pairs"),
-                         start.tokenizer.pad)
+def on_pairs(policy: GPT, start: pipeline.Start, path: Path, beta: float) -> tuple[float, float]:
+    """R^2 and slope of the implicit reward on a file of pairs, the reference's responses."""
+    pipeline.use_pairs(start, read_pairs(path), path)
+    pairs = pair_tensors(start.pairs, start.tokenizer.pad)
+    ref_logprobs = pipeline.reference_logprobs(start, pairs).cpu()  # (2, N)
     flat = [tensor.flatten(0, 1) for tensor in pairs]  # tokens, prompt lengths, lengths
-    ratios = summed_logprobs(policy, *flat, start.dtype) - summed_logprobs(start.ref, *flat,
-                                                                          start.dtype)
-    return explained((flat[2] - flat[1]).view(2, -1).T, beta * ratios.view(2, -1).T)
+    logprobs = summed_logprobs(policy, *flat, start.dtype).view(2, -1)
+    lengths = pairs.lengths - pairs.prompt_lengths
+    return explained(lengths.T, beta * (logprobs - ref_logprobs).T)
 
 
-def measure(run: PlannedRun, start: pipeline.Start, unseen: list[dict], bias: float) -> dict:
+def measure(run: PlannedRun, start: pipeline.Start, unseen: Path, bias: float) -> dict:
     """A row: gold reward, KL and length on the bank's prompts; what length explains."""
     policy, _ = load_run(run.config.out)
     sampled = evaluate.sample_policy(policy, start.ref, start.tokenizer, start.bank.prompts,
@@ -360,7 +363,7 @@ def draw(rows: list[dict], path: Path) -> None:
 def main(config: Config) -> None:
     """Label the pairs, run what is not finished, measure, and write rows, table and figure."""
     with redirect_stdout(sys.stderr if config.print else sys.stdout):
-        start, planned, unseen, bias = build(config)
+        start, planned, bias = build(config)
     if config.print:
         return print_commands(planned)
     folder = Path(config.out)
@@ -374,7 +377,8 @@ def main(config: Config) -> None:
     rows = [{"method": "SFT", "seed": seed, "beta": 0.0, "alpha": 0.0, "lambda": bias, **of_sft}
             for seed in range(config.seeds)]
     for run in done:
-        rows.append(measure(run, start, unseen[run.seed], bias))
+        unseen = pairs_file(config, "unseen", run.seed)
+        rows.append(measure(run, start, unseen, bias))
     beyond_beta(rows)
     text = table(rows)
     write_jsonl(folder / "results.jsonl", rows)
