@@ -16,10 +16,10 @@ wins half of the time; and on pairs with labels of the gold reward alone.
 Expected, from the limit: alpha = lambda ends where labels without a bias end, a smaller alpha goes
 for length, a larger one against it. For a small step (large beta) the gain in gold reward is
 s Var(r) / beta and that in length (lambda - alpha) Var(|y|) / beta: beta changes both alike, alpha
-the length alone. So alpha is not a smaller step. On pairs the implicit reward rises by lambda -
-alpha for a token more. What would say otherwise: a larger beta that has as much gold reward at the
-same length as alpha has; or length explaining no more of the implicit reward on the policy's own
-responses than on pairs.
+the length alone, so alpha is no early stopping. On pairs the implicit reward rises by lambda -
+alpha for a token more. What would say otherwise: a larger beta that is as good as an alpha and as
+short; or length that explains no more of the implicit reward on the policy's own responses than on
+pairs, where Park et al. found the opposite.
 
 Differs from Park et al.: the bias is known, as is the gold reward; their pairs are people's.
 
@@ -53,7 +53,7 @@ from common.settings import (  # noqa: E402
     changed, parse, require, require_numbers, run_folder, settings)
 from common.statistics import mean_se, sigmoid, values  # noqa: E402
 from common.training import Device, Dtype, generator, use_device  # noqa: E402
-from experiments.frontier import as_table, number  # noqa: E402
+from experiments.frontier import as_table, plus_minus  # noqa: E402
 from experiments.sweep import (  # noqa: E402
     STOPPED, PlannedRun, print_commands, run_all, with_sources)
 from model import GPT, summed_logprobs  # noqa: E402
@@ -265,26 +265,23 @@ def measure(run: PlannedRun, start: pipeline.Start, unseen: Path, bias: float) -
     return row
 
 
-def beyond_beta(rows: list[dict]) -> None:
-    """Give each row its "gap": its gold reward less what some beta without alpha has at the same
-    length, on the line from SFT through the runs at falling beta; None where the line has no such
-    length."""
+def shorter_than_beta(rows: list[dict]) -> None:
+    """Give each row "shorter": by how many tokens its responses are shorter than those of the beta
+    that has as much gold reward without alpha, on the line from SFT through the runs at falling
+    beta; where none has as much, than at the line's end."""
     for seed in {row["seed"] for row in rows}:
         own = [row for row in rows if row["seed"] == seed]
-        path = [row for row in own if row["method"] in ("SFT", "larger beta", "DPO")]
-        path.sort(key=lambda row: row["length"])
-        length = [row["length"] for row in path]
+        line = [row for row in own if row["method"] in ("SFT", "larger beta", "DPO")]
+        line.sort(key=lambda row: row["reward"])
         for row in own:
-            row["gap"] = None
-            if row not in path and length[0] <= row["length"] <= length[-1]:
-                row["gap"] = row["reward"] - float(
-                    np.interp(row["length"], length, [other["reward"] for other in path]))
+            length = np.interp(row["reward"], values(line, "reward"), values(line, "length"))
+            row["shorter"] = float(length) - row["length"]
 
 
 # ---- table and figure ----------------------------------------------------------------------------
 
 def settings_of(rows: list[dict]) -> list[list[dict]]:
-    """The rows of each setting together, in the order of the runs."""
+    """The rows of each setting together, one a seed, in the order of the runs."""
     keys = dict.fromkeys((row["method"], row["beta"], row["alpha"]) for row in rows)
     return [[row for row in rows if (row["method"], row["beta"], row["alpha"]) == key]
             for key in keys]
@@ -292,72 +289,71 @@ def settings_of(rows: list[dict]) -> list[list[dict]]:
 
 def mean_error(rows: list[dict], name: str) -> tuple[float, float]:
     """Mean over seeds, and the standard error over seeds or that of the evaluation over prompts,
-    whichever is larger."""
-    found = values(rows, name)
-    mean, error = mean_se(found)
-    of_prompts = np.mean(values(rows, f"{name}_se") or [0.0]) / np.sqrt(len(found))
-    return mean, max(of_prompts, 0.0 if np.isnan(error) else error)
+    whichever is larger: all seeds are evaluated on the same prompts."""
+    mean, error = mean_se(values(rows, name))
+    for of_prompts in values(rows, f"{name}_se"):
+        error = max(of_prompts, error)  # NaN, of a single seed, is never the larger one
+    return mean, error
+
+
+COLUMNS = {"reward": ("gold reward", ".3f", 1), "kl": ("KL, nats", ".2f", 1),
+           "length": ("length", ".1f", 1), "shorter": ("shorter than by beta", "+.1f", 1),
+           "r2_pairs": ("R² on pairs, %", ".0f", 100), "r2_own": ("R² on its own, %", ".0f", 100),
+           "slope_pairs": ("slope on pairs", "+.3f", 1), "slope_own": ("slope on its own", "+.3f", 1)}
 
 
 def table(rows: list[dict]) -> str:
-    lines = [["", "beta", "alpha / lambda", "gold reward", "KL, nats", "length", "beyond beta",
-              "R^2 on pairs, %", "R^2 on its own, %", "slope on pairs", "expected"]]
+    """A line for each setting: means over seeds with their errors, and the slope of the limit."""
+    heads = [head for head, _, _ in COLUMNS.values()]
+    lines = [["", "β", "α / λ", *heads, "slope in theory"]]
     for own in settings_of(rows):
         first = own[0]
-        cells = [first["method"]]
-        if first["method"] == "SFT":
-            cells += ["", ""]
-        else:
-            cells += [f"{first['beta']:g}", f"{first['alpha'] / first['lambda']:g}"]
-        for name, form in (("reward", ".3f"), ("kl", ".2f"), ("length", ".1f"), ("gap", "+.3f"),
-                           ("r2_pairs", ".1f"), ("r2_own", ".1f"), ("slope_pairs", "+.3f")):
-            percent = 100 if name.startswith("r2") else 1
-            all_have_it = len(values(own, name)) == len(own)
-            mean, error = mean_error(own, name) if all_have_it else (0.0, 0.0)
-            cells.append(number(percent * mean, percent * error, form) if all_have_it else "")
-        likes_length = first["method"] not in ("SFT", "balanced pairs", "no bias")
-        cells.append(f"{first['lambda'] - first['alpha']:+.3f}" if likes_length else "")
-        lines.append(cells)
+        trained = first["method"] != "SFT"
+        cells = [first["method"], f"{first['beta']:g}" if trained else "",
+                 f"{first['alpha'] / first['lambda']:g}" if trained else ""]
+        for name, (_, form, unit) in COLUMNS.items():
+            if trained or name in ("reward", "kl", "length"):
+                mean, error = mean_error(own, name)
+                cells.append(f"{unit * mean:{form}}{plus_minus(unit * error, form.strip('+'))}")
+            else:
+                cells.append("")
+        liked = first["lambda"] if first["method"] not in ("balanced pairs", "no bias") else 0.0
+        lines.append([*cells, f"{liked - first['alpha']:+.3f}" if trained else ""])
     return as_table(lines)
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Gold reward over length, alpha's line and beta's; and R^2 over alpha."""
+    """Gold reward over length, on beta's line and on alpha's; then R^2 and slope over alpha."""
     groups = settings_of(rows)
-    with figure(path, 2) as (_, (left, right)):
-        for methods, style, name in ((("SFT", "larger beta", "DPO"), "o-", "no alpha: beta {:g}"),
-                                     (("DPO", "length alpha"), "s-", r"alpha = {:g} lambda")):
+    lines = {"β, without α": ("SFT", "larger beta", "DPO"), "α, at β = 0.1": ("DPO", "length alpha"),
+             "balanced pairs": ("balanced pairs",), "no bias": ("no bias",)}
+    with figure(path, 3, width=4.6) as (_, axes):
+        for name, methods in lines.items():
             line = [own for own in groups if own[0]["method"] in methods]
-            line.sort(key=lambda own: (own[0]["alpha"], -own[0]["beta"]))
-            x, x_error = zip(*[mean_error(own, "length") for own in line])
-            y, y_error = zip(*[mean_error(own, "reward") for own in line])
-            beta_line = "SFT" in methods
-            left.errorbar(x, y, y_error, x_error, fmt=style, capsize=2,
-                          label="larger beta, no alpha" if beta_line else f"alpha, beta {BETA:g}")
+            line.sort(key=lambda own: (own[0]["alpha"], own[0]["reward"]))
+            x, x_errors = zip(*[mean_error(own, "length") for own in line])
+            y, y_errors = zip(*[mean_error(own, "reward") for own in line])
+            axes[0].errorbar(x, y, y_errors, x_errors, fmt="o-", capsize=2, label=name)
             for own, *place in zip(line, x, y):
                 first = own[0]
-                if first["method"] == "SFT":
-                    text = "SFT"
-                elif beta_line:
-                    text = f"beta {first['beta']:g}"
-                elif first["alpha"]:
-                    text = f"{first['alpha'] / first['lambda']:g} lambda"
-                left.annotate(text, place, xytext=(4, 5), textcoords="offset points", fontsize=7)
-        for own in groups:
-            if own[0]["method"] in ("balanced pairs", "no bias"):
-                (x, x_error), (y, y_error) = mean_error(own, "length"), mean_error(own, "reward")
-                left.errorbar(x, y, y_error, x_error, fmt="D", capsize=2, label=own[0]["method"])
-        left.set(xlabel="length, tokens", ylabel="gold reward")
-        left.legend(fontsize=8)
+                text = {"SFT": "SFT", "length alpha": f"{first['alpha'] / first['lambda']:g} λ",
+                        "larger beta": f"{first['beta']:g}", "DPO": f"{first['beta']:g}"}
+                axes[0].annotate(text.get(first["method"], ""), place, xytext=(4, -11),
+                                 textcoords="offset points", fontsize=8)
+        axes[0].set(xlabel="length, tokens", ylabel="gold reward")
 
         alphas = [own for own in groups if own[0]["method"] in ("DPO", "length alpha")]
         x = [own[0]["alpha"] / own[0]["lambda"] for own in alphas]
-        for name, label in (("r2_pairs", "pairs"), ("r2_own", "the policy's own responses")):
-            mean, error = zip(*[mean_error(own, name) for own in alphas])
-            right.errorbar(x, mean, error, fmt="o-", capsize=2, label=label)
-        right.set(xlabel="alpha / lambda", ylim=(0, None),
-                  ylabel="share of the implicit reward's variance", title="explained by length")
-        right.legend(fontsize=8)
+        for axis, name in zip(axes[1:], ("r2", "slope")):
+            for of, label in (("pairs", "pairs"), ("own", "the policy's own responses")):
+                mean, errors = zip(*[mean_error(own, f"{name}_{of}") for own in alphas])
+                axis.errorbar(x, mean, errors, fmt="o-", capsize=2, label=label)
+        axes[1].set(title="implicit reward: explained by length", xlabel="α / λ", ylabel="R²")
+        theory = [own[0]["lambda"] - own[0]["alpha"] for own in alphas]
+        axes[2].plot(x, theory, "k:", label="theory, λ - α")
+        axes[2].set(title="implicit reward: for a token more", xlabel="α / λ", ylabel="slope")
+        for axis in axes:
+            axis.legend(fontsize=8)
 
 
 def main(config: Config) -> None:
@@ -379,7 +375,7 @@ def main(config: Config) -> None:
     for run in done:
         unseen = pairs_file(config, "unseen", run.seed)
         rows.append(measure(run, start, unseen, bias))
-    beyond_beta(rows)
+    shorter_than_beta(rows)
     text = table(rows)
     write_jsonl(folder / "results.jsonl", rows)
     atomic_write(folder / "table.md", text.encode())
