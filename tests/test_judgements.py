@@ -1,4 +1,4 @@
-"""experiments/judgements.py: a file with a known answer, missing judgements, errors against a wider bootstrap, what is refused."""
+"""experiments/judgements.py: a file with a known answer, missing judgements, errors against parts of it, what is refused."""
 import json
 
 import pytest
@@ -79,7 +79,8 @@ def test_the_command_prints_the_table(rows, tmp_path, capsys):
 
 @pytest.mark.parametrize("change, says", [
     ({"win": 1.2}, "line 2: field 'win' is 1.2, expected 0 to 1"), ({"win": float("nan")}, "line 2: field 'win' is nan"),
-    ({"words": -1}, "line 2: field 'words' is -1"), ({"words_reference": float("inf")}, "line 2: field 'words_reference' is inf"),
+    ({"words": -1}, "line 2: field 'words' is -1"),
+    ({"words_reference": float("inf")}, "line 2: field 'words_reference' is inf"),
     ({"model": 3}, "line 2"), ({"instruction": "a"}, "line 2: a second judgement of model 'm' on the same instruction")])
 def test_a_bad_row_stops_with_its_line(change, says, tmp_path):
     good = {"model": "m", "instruction": "a", "win": 0.5, "words": 3, "words_reference": 4}
