@@ -53,9 +53,9 @@ class Config:
     seed: int = 0  # Seed of these draws.
 
     def __post_init__(self) -> None:
-        require(self.data != "", "--data: expected a JSON-lines file of judgements")
         require_numbers(self, above_0="draws", from_0="seed")
         require(2 <= self.draws <= 10_000, f"--draws {self.draws}: must be from 2 to 10,000")
+        require(self.data != "", "--data: expected a JSON-lines file of judgements")
 
 
 def read_judgements(path: str) -> list[dict]:
