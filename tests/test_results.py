@@ -25,7 +25,7 @@ import evaluate
 import pebble
 import tamer as tamer_script
 from common.statistics import mean_se
-from experiments import ablation, ceiling, effort, frontier, overoptimization as over, scaling, scores, winrate
+from experiments import ablation, ceiling, effort, frontier, length, overoptimization as over, scaling, scores, winrate
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -1250,6 +1250,71 @@ def course_against():
     one_pass = 100 * last("reviews/reward-model-epochs1-lr0.0005/log.jsonl")["held_out_accuracy"]
     yield f"After one pass the reward model is right about {one_pass:.1f}%, no more than DPO at β = 1"
     assert one_pass <= 100 * numbers["dpo-beta1-seed0, labels that it gets right"]["mean"]
+    yield f"DPO's responses are {of_length('length', '.1f', 'DPO')} tokens long, SFT's {of_length('length', '.1f', 'SFT', beta=0)}"
+    yield (f"at α = λ a run ends at {of_length('length', '.1f', 'length alpha', 1)} tokens, without a bias at "
+           f"{of_length('length', '.1f', 'no bias')}")
+    yield f"{of_length('slope_pairs', '.3f', 'DPO')} of λ = {read('length/results.jsonl')[0]['lambda']:g}"
+
+
+def of_length(name, form, method, ratio=0, beta=0.1, unit=1):
+    """Mean and error over the seeds of one setting of experiments/length.py."""
+    own = [one for one in rows("length/results.jsonl", method=method, beta=beta)
+           if one["alpha"] == pytest.approx(ratio * one["lambda"])]
+    mean, error = length.mean_error(own, name)
+    return f"{unit * mean:{form}} ± {unit * error:{form.strip('+')}}".replace("-", "−")
+
+
+def length_page():
+    found = read("length/results.jsonl")
+    yield from length.table(found).splitlines()
+    seeds = len({one["seed"] for one in found})
+    yield {2: "two seeds", 3: "three seeds"}[seeds]
+    yield f"λ is {found[0]['lambda']:g}"
+    longer = [100 * one["longer_chosen"] for one in found if one["method"] == "DPO"]
+    assert 54 < min(longer) and max(longer) < 60
+    yield f"chosen in {min(longer):.1f} to {max(longer):.1f}% of the pairs"
+    yield f"plain DPO writes {of_length('length', '.1f', 'DPO')} tokens, SFT {of_length('length', '.1f', 'SFT', beta=0)}"
+    yield (f"at α = λ {of_length('length', '.1f', 'length alpha', 1)} tokens and a gold reward of "
+           f"{of_length('reward', '.3f', 'length alpha', 1)}, without a bias {of_length('length', '.1f', 'no bias')} and "
+           f"{of_length('reward', '.3f', 'no bias')}")
+    yield (f"of λ it has learned {of_length('slope_pairs', '.3f', 'DPO')} in log-odds a token at β = 0.1 and "
+           f"{of_length('slope_pairs', '.3f', 'larger beta', beta=1.0)} at β = 1")
+    yield (f"{of_length('shorter', '.1f', 'length alpha', 0.5)} tokens shorter at α = λ / 2 and "
+           f"{of_length('shorter', '.1f', 'length alpha', 1)} at α = λ")
+    yield (f"at {of_length('kl', '.2f', 'larger beta', beta=0.2)} nats β = 0.2 has {of_length('reward', '.3f', 'larger beta', beta=0.2)}, "
+           f"at {of_length('kl', '.2f', 'length alpha', 1)} nats α = λ has {of_length('reward', '.3f', 'length alpha', 1)}")
+    yield f"at 8 λ it costs gold reward: {of_length('reward', '.3f', 'length alpha', 8)}"
+    yield (f"{of_length('length', '.1f', 'balanced pairs')} tokens and {of_length('reward', '.3f', 'balanced pairs')}, from "
+           f"{statistics.mean(column(rows('length/results.jsonl', method='balanced pairs'), 'pairs')):,.0f} of the 4,800 pairs")
+    yield (f"{of_length('r2_pairs', '.0f', 'DPO', unit=100)}% on pairs, {of_length('r2_own', '.0f', 'DPO', unit=100)}% on its own "
+           "responses")
+    yield (f"{of_length('r2_pairs', '.0f', 'no bias', unit=100)} and {of_length('r2_own', '.0f', 'no bias', unit=100)}% where the "
+           "labels have no bias")
+    yield (f"at 8 λ it is {of_length('slope_pairs', '+.3f', 'length alpha', 8)} a token on pairs and "
+           f"{of_length('slope_own', '+.3f', 'length alpha', 8)} on its own")
+
+    judged = read("length/alpacaeval.jsonl")
+    yield f"{sum(column(judged, 'judgements')):,} judgements of {len(judged)} models"
+
+    def near(some, name):
+        published = column(some, "published_length_controlled")
+        gaps = [100 * abs(a - b) for a, b in zip(column(some, name), published)]
+        ranks = [[sorted(values).index(value) for value in values] for values in (column(some, name), published)]
+        return statistics.mean(gaps), statistics.correlation(*ranks)
+    others = [one for one in judged if one["model"] != "gpt4_gamed"]
+    for text, some in ("all 57", judged), ("without `gpt4_gamed`", others):
+        yield cells(text, *(f"{near(some, name)[k]:{form}}" for name in ("win_rate", "length_controlled")
+                            for k, form in ((0, ".1f"), (1, ".3f"))))
+    gamed = row("length/alpacaeval.jsonl", model="gpt4_gamed")
+    yield (f"writes {gamed['length_ratio']:.2f} words for one of the reference's, wins {gamed['win_rate']:.1%}, and gets "
+           f"{gamed['length_controlled']:.1%} from us where AlpacaEval 2 gives {gamed['published_length_controlled']:.1%}")
+    worst = max(abs(one["length_controlled"] - one["published_length_controlled"]) for one in others)
+    yield f"All others are within {100 * worst:.1f} points"
+    assert all(one["win_rate"] == pytest.approx(one["published_win_rate"], abs=2e-5) for one in judged)
+
+
+def test_the_table_of_length_is_what_the_command_makes_of_the_rows():
+    assert length.table(read("length/results.jsonl")) == (RESULTS / "length/table.md").read_text(encoding="utf-8")
 
 
 # ---- the index -------------------------------------------------------------------------------------------------------
@@ -1291,6 +1356,7 @@ CLAIMS = {
     "results/tamer/README.md": tamer,
     "results/distill/README.md": lambda: (*distill(), *ledger()),
     "results/overoptimization/README.md": overoptimization,
+    "results/length/README.md": length_page,
     "results/bench/README.md": bench,
     "results/memory/README.md": memory,
     "results/processes/README.md": processes,
