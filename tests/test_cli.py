@@ -43,7 +43,7 @@ CONFIGS = {**ALGORITHMS, "classifier": classifier, "bt": bt, "preference_rl": pr
            "experiments/frontier": frontier, "experiments/scaling": scaling, "experiments/winrate": winrate}
 for name in ("vargrad", "derive", "dueling", "irl", "tamer", "pebble", "dppo", "label", "experiments/quiz", "experiments/distill", "experiments/ablation",
              "experiments/ceiling", "experiments/bench", "experiments/memory", "experiments/clicks", "experiments/ledger",
-             "experiments/scores", "experiments/effort"):
+             "experiments/scores", "experiments/effort", "experiments/rewardbench"):
     CONFIGS[name] = importlib.import_module(name.replace("/", "."))
 SOURCES = [path for pattern in ("*.py", "common/*.py", "experiments/*.py", "data/*.py", "data/*/*.py")
            for path in clone.ROOT.glob(pattern)]
@@ -669,7 +669,7 @@ def test_the_scripts_can_prepare_every_dataset(prepare):
                                     "experiments/distill", "experiments/bench", "experiments/memory", "experiments/frontier",
                                     "experiments/winrate", "experiments/scaling", "experiments/agreement",
                                     "experiments/samples", "experiments/ablation", "experiments/clicks", "experiments/ledger",
-                                    "experiments/scores", "experiments/effort", "data/reviews/prepare",
+                                    "experiments/scores", "experiments/effort", "experiments/rewardbench", "data/reviews/prepare",
                                     "data/imdb/prepare", "data/tldr/prepare"])
 def test_help_of_every_script_exits_0_and_does_nothing(script, root, tmp_path, monkeypatch, capsys):
     """Asking what a script does must not do it."""

@@ -4,22 +4,27 @@ import json
 import os
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from common import pipeline, rewards
+import data.reviews
+import dpo
+import reward_model
+from common import pipeline, rewards, tasks
 from common.pairs import read_pairs
 from common.run import load_run
 from common.settings import parse
 from common.tokenizer import Tokenizer
 from common.training import generator, pad
-from conftest import tiny_gpt
+from conftest import smaller, tiny_gpt
 from data.reviews.grammar import gold_reward, sample_review
 from data.reviews.probes import GAP, Text, anything, draw_pairs, longer, negations, relabelled, shorter, swaps
 from experiments import rewardbench
-from experiments.rewardbench import Config, bootstrap, fitted, measure, read_judged, score
+from experiments.rewardbench import EXPLICIT, ONE_PASS, Config, bootstrap, fitted, measure, read_judged, score
+from experiments.sweep import PlannedRun
 from model import GPTConfig, Samples, ScalarModel, summed_logprobs
 
 # the lecture's table of RewardBench: score, chat, chat hard, safety, reasoning, prior sets
@@ -171,16 +176,20 @@ def test_a_score_does_not_depend_on_the_rows_beside_it(of):
 # ---- a run as a reward -----------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def dpo_run(sft_run, pairs_file, small_reviews_folder, tmp_path_factory):
-    import data.reviews
-    import dpo
-    from common import tasks
-    from conftest import smaller
+def trained(sft_run, pairs_file, small_reviews_folder, tmp_path_factory):
+    """Run folders of a DPO policy and of a reward model."""
+    folder = tmp_path_factory.mktemp("runs")
+    shared = dict(sft=str(sft_run), pairs=str(pairs_file), lr=1e-2, warmup=1, epochs=2.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tasks, "prepared", lambda dataset: small_reviews_folder)
         patch.setattr(data.reviews, "TASK", smaller(data.reviews.TASK))
-        return dpo.train(dpo.Config(sft=str(sft_run), pairs=str(pairs_file), beta=0.5, lr=1e-2, warmup=1, epochs=2.0,
-                                    out=str(tmp_path_factory.mktemp("runs") / "dpo")))
+        return (dpo.train(dpo.Config(**shared, beta=0.5, out=str(folder / "dpo"))),
+                reward_model.train(reward_model.Config(**shared, out=str(folder / "reward-model"))))
+
+
+@pytest.fixture
+def dpo_run(trained):
+    return trained[0]
 
 
 def started(sft_run):
@@ -215,6 +224,45 @@ def test_another_reference_is_another_reward(dpo_run, sft_run, small_reviews):
         pipeline.reward_of_run(dpo_run, start)
     with pytest.raises(SystemExit, match="holds a GPT, expected a ScalarModel"):  # SFT has no reward: it is the reference
         pipeline.reward_of_run(sft_run, start)
+
+
+def test_every_column_is_asked_about_every_kind_of_pair(trained, sft_run, small_reviews, tmp_path, monkeypatch):
+    """The gold reward is always right, but about another's labels; the columns are the rewards of runs, text by text; a reward
+    is no better than itself."""
+    start = started(sft_run)
+    start.gold = pipeline.gold_reward(start)
+    start.bank = pipeline.sample_bank(start)
+    policy, model = (SimpleNamespace(out=str(folder)) for folder in trained)
+    monkeypatch.setattr(rewardbench, "explicit_models", lambda seed: {EXPLICIT: model, ONE_PASS: model})
+    monkeypatch.setattr(rewardbench, "DRAWN", 16)
+    done = [PlannedRun(name, "", 0, policy) for name in ("DPO, beta 0.3", "DPO, beta 0.1")]
+    asked, ask = {}, rewardbench.opinions
+
+    def kept(*given):
+        asked["rows"], asked["thinks"] = given[1], ask(*given)
+        return asked["thinks"]
+    monkeypatch.setattr(rewardbench, "opinions", kept)
+    text = rewardbench.report(Config(pairs=9, out=str(tmp_path)), start, done)
+
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    kinds = {row["pairs"] for row in rows}
+    assert {"in distribution", "easy", "negation", "another word", "of DPO", "other prompts", "another labeller"} <= kinds
+    for row in rows:
+        assert row["count"] <= 9 and 0 <= row["accuracy"] <= 1
+        assert row["column"] != "gold" or row["accuracy"] == 1 or row["pairs"] == "another labeller"
+        assert row["column"] not in (EXPLICIT, ONE_PASS) or row["less"] == row["less_one_pass"] == 0
+    assert f"{100 * rows[0]['accuracy']:.1f}" in text and (tmp_path / "figure.png").stat().st_size > 0
+
+    reward = pipeline.reward_of_run(trained[0], start)  # 0.5 log pi/pi_ref
+    for i, row in enumerate(asked["rows"]):
+        gold = [gold_reward(row["prompt"] + row[side]) for side in ("chosen", "rejected")]
+        assert gold[0] - gold[1] == pytest.approx(row["gap"], abs=1e-6)
+        if "chosen_ids" not in row:  # as the tokenizer has it
+            own = reward([row["prompt"]] * 2, [row["chosen"], row["rejected"]])
+            torch.testing.assert_close(0.5 * asked["thinks"]["DPO, beta 0.3"][:, i], own, rtol=1e-4, atol=1e-4)
+    best = [json.loads(line) for line in (tmp_path / "policies.jsonl").read_text().splitlines()]
+    assert [row["run"] for row in best] == [EXPLICIT, ONE_PASS, "DPO, beta 0.3", "DPO, beta 0.1", "gold"]
+    assert all(best[-1]["best_at_1"] >= row["best_at_1"] for row in best if "best_at_1" in row)
 
 
 # ---- LLMBar's form ---------------------------------------------------------------------------------------------------

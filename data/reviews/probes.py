@@ -173,15 +173,15 @@ def kinds_of_pairs(start: Start, count: int, seed: int, authors: dict[str, GPT],
     extremes = {prompt: [max(texts, key=by_reward), min(texts, key=by_reward)]
                 for prompt, texts in many.items() if texts}
     written = {
-        "in distribution": (write(start, ref, prompts, 4, base + 1), anything),
+        "in distribution": (many, anything),
         "easy": (extremes, anything),
         "shorter is better": (many, shorter),
         "longer is better": (many, longer),
-        **{name: (write(start, author, prompts, 4, base + 2), anything)
+        **{name: (write(start, author, prompts, 3, base + 2), anything)
            for name, author in authors.items()},
         "best of 64": (best_of_64(start.bank, best.tolist()), anything),
-        "temperature 1.5": (write(start, ref, prompts, 4, base + 3, temperature=1.5), anything),
-        "other prompts": (write(start, ref, other_prompts, 4, base + 4), anything),
+        "temperature 1.5": (write(start, ref, prompts, 3, base + 3, temperature=1.5), anything),
+        "other prompts": (write(start, ref, other_prompts, 3, base + 4), anything),
     }
     draw = generator(seed, "rewardbench")
     rows = {name: draw_pairs(texts, count, draw, accept)
@@ -189,7 +189,7 @@ def kinds_of_pairs(start: Start, count: int, seed: int, authors: dict[str, GPT],
     rows["negation"] = edited(start, many, negations, count, draw)
     rows["another word"] = edited(start, many, swaps, count, draw)
     rows["another labeller"] = relabelled(rows["in distribution"], LABELLER, draw)
-    return rows
+    return {name: own for name, own in rows.items() if own}
 
 
 def by_reward(text: Text) -> float:
