@@ -5,7 +5,7 @@ response is better, of the kind that the models were trained on and of other kin
     implicit     beta log pi(y|x)/pi_ref(y|x), hidden in a policy    dpo.py
     right about a pair if r(x, chosen) > r(x, rejected); a tie counts half, as a coin would do
 
-    python experiments/rewardbench.py            # 3 seeds, resumable; an hour and a half of a core
+    python experiments/rewardbench.py            # 3 seeds, resumable; two hours of one core
     python experiments/rewardbench.py --quick    # one seed, 3 betas, no PPO on DPO; 8 minutes
     python experiments/rewardbench.py --data FILE.json --run runs/reviews/reward-model
 
@@ -14,7 +14,7 @@ The last one asks any finished run about pairs in the form that LLMBar is publis
 folder of such files.
 
 What is asked of `reviews`, in pairs of responses to test prompts; the gold reward says which one is
-better, except in the last line:
+better, and for the last kind it only draws the label:
 
     in distribution           two responses of the SFT policy
     easy                      the best of 16 of them against the worst
@@ -41,7 +41,7 @@ Differs from RewardBench (Lambert et al. 2024): its pairs are of chat, safety an
 film reviews whose reward is exact. `score` is how it adds its sections up.
 
 Reads   the SFT policy, bank, pairs and reward models (made if they are missing)
-Writes  runs/<dataset>/rewardbench/ : results.jsonl, policies.jsonl, table.md, figure.png
+Writes  runs/reviews/rewardbench/ : results.jsonl, policies.jsonl, table.md, figure.png
 """
 from __future__ import annotations
 
@@ -85,9 +85,8 @@ BETAS = (3.0, 1.0, 0.3, 0.1, 0.03)
 QUICK_BETAS = (1.0, 0.3, 0.1)
 EXPLICIT, ONE_PASS = "reward model", "reward model, one pass"
 TEACHER = "DPO, beta 0.3"  # whose implicit reward PPO maximises
-PPO_BETA = 0.5  # standard deviations of the score per nat, on either reward: ends near TEACHER
-PPO, PPO_ON_DPO = "PPO", "PPO on DPO's reward"
-OTHER = ("DPO, beta 0.3, three passes", "cDPO, beta 0.1", "IPO, beta 0.1", PPO)
+PPO = {"target 2 nats": dict(target_kl=2.0), "beta 0.5": dict(beta=0.5)}  # how its KL is held
+PPO_AUTHOR = "PPO, target 2 nats"  # whose responses are asked about
 DRAWN = 64  # responses of the bank to each prompt, from which the best policies are computed
 KLS = (1.0, 2.0)  # nats of these
 
@@ -137,17 +136,20 @@ def policies(seed: int, quick: bool) -> dict[str, Any]:
     shared = dict(pairs_seed=seed, seed=seed, resume=True)
     runs: dict[str, Any] = {f"DPO, beta {beta:g}": dpo.Config(**shared, beta=beta)
                             for beta in (QUICK_BETAS if quick else BETAS)}
-    runs[PPO] = ppo.Config(**shared, beta=PPO_BETA)
+    runs[PPO_AUTHOR] = ppo.Config(**shared, **PPO["target 2 nats"])
     if not quick:
+        runs["PPO, beta 0.5"] = ppo.Config(**shared, **PPO["beta 0.5"])
         runs["cDPO, beta 0.1"] = dpo.Config(**shared, beta=0.1, label_smoothing=0.2)
         runs["IPO, beta 0.1"] = dpo.Config(**shared, beta=0.1, loss="ipo")
         runs["DPO, beta 0.3, three passes"] = dpo.Config(**shared, beta=0.3, epochs=3.0)
     return runs
 
 
-def ppo_on_dpo(seed: int) -> ppo.Config:
-    return ppo.Config(reward=policies(seed, quick=True)[TEACHER].out, seed=seed, resume=True,
-                      beta=PPO_BETA)
+def ppo_on_dpo(seed: int) -> dict[str, ppo.Config]:
+    teacher = policies(seed, quick=True)[TEACHER].out
+    shared = dict(reward=teacher, seed=seed, resume=True)
+    return {f"PPO on DPO's reward, {how}": ppo.Config(**shared, **held)
+            for how, held in PPO.items()}
 
 
 # ---- who is right? -------------------------------------------------------------------------------
@@ -295,16 +297,15 @@ def draw(rows: list[dict], results: list[dict], path: Path) -> None:
         frontier.plot([np.mean([row["kl"] for row in own]) for own in of_dpo],
                       [np.mean([row["reward"] for row in own]) for own in of_dpo], "o-",
                       label="DPO, five betas")
-        for name, marker in ((PPO, "s"), (PPO_ON_DPO, "D")):
+        for name in dict.fromkeys(row["run"] for row in results if row["run"].startswith("PPO")):
             own = [row for row in results if row["run"] == name]
-            if own:
-                (x, x_error), (y, error) = over_seeds(own, "kl"), over_seeds(own, "reward")
-                frontier.errorbar(x, y, error, x_error, fmt=marker, capsize=2, label=name)
+            (x, x_error), (y, error) = over_seeds(own, "kl"), over_seeds(own, "reward")
+            frontier.errorbar(x, y, error, x_error, fmt="D", markersize=4, capsize=2, label=name)
         for name in (EXPLICIT, TEACHER, "gold"):
             own = [row for row in results if row["run"] == name]
             frontier.plot(KLS, [np.mean([row[f"best_at_{kl:g}"] for row in own]) for kl in KLS],
                           "x:", label=f"best policy for: {name}")
-        frontier.set(xlabel="KL to the reference, nats", ylabel="gold reward", xscale="symlog")
+        frontier.set(xlabel="KL to the reference, nats", ylabel="gold reward", xscale="log")
         for axis in (bars, curve, frontier):
             axis.legend(fontsize=7)
 
@@ -382,9 +383,10 @@ def build(config: Config) -> tuple[pipeline.Start, list[PlannedRun]]:
 
 def on_dpo(config: Config, start: pipeline.Start) -> list[PlannedRun]:
     """PPO on DPO's reward, which can be planned once that DPO is finished."""
-    seeds = range(0 if config.quick else config.seeds)
-    return with_sources([PlannedRun(PPO_ON_DPO, "", seed, ppo_on_dpo(seed)) for seed in seeds],
-                        start)
+    planned = [PlannedRun(name, "", seed, run)
+               for seed in range(0 if config.quick else config.seeds)
+               for name, run in ppo_on_dpo(seed).items()]
+    return with_sources(planned, start)
 
 
 def report(config: Config, start: pipeline.Start, done: list[PlannedRun]) -> str:
@@ -397,7 +399,8 @@ def report(config: Config, start: pipeline.Start, done: list[PlannedRun]) -> str
         repeated = [prompt for prompt in start.bank.prompts for _ in start.bank.responses[0]]
         best = pipeline.reward_of_run(explicit[EXPLICIT], start)(repeated, texts)
         authors = {f"of {name}": load_run(implicit[run])[0]
-                   for name, run in (("DPO", "DPO, beta 0.1"), (PPO, PPO)) if run in implicit}
+                   for name, run in (("DPO", "DPO, beta 0.1"), ("PPO", PPO_AUTHOR))
+                   if run in implicit}
         best = best.view(len(start.bank.prompts), -1)
         pairs = kinds_of_pairs(start, config.pairs, seed, authors, best)
         thinks = opinions(start, [row for own in pairs.values() for row in own], explicit, implicit)
