@@ -70,7 +70,7 @@ from common.rewards import all_scores  # noqa: E402
 from common.run import load_run  # noqa: E402
 from common.settings import (  # noqa: E402
     changed, parse, require, require_numbers, runs_folder, settings)
-from common.statistics import mean_se  # noqa: E402
+from common.statistics import mean_se, values  # noqa: E402
 from common.training import Device, half_ties, pad, use_device  # noqa: E402
 from data.reviews.probes import kinds_of_pairs  # noqa: E402
 from evaluate import reference_of  # noqa: E402
@@ -229,8 +229,8 @@ def optimised(start: pipeline.Start, seed: int, explicit: dict[str, Path],
             row |= {key: own[key] for key in ("reward", "reward_se", "kl", "kl_se", "share")}
             row["rewards"] = evaluation["per_prompt"]["reward"]
         if name in (EXPLICIT, ONE_PASS, TEACHER):
-            values = pipeline.reward_of_run(folder, start)(prompts, texts).double().view(gold.shape)
-            row |= {f"best_at_{kl:g}": ceiling(values, gold, kl) for kl in KLS}
+            own = pipeline.reward_of_run(folder, start)(prompts, texts).double().view(gold.shape)
+            row |= {f"best_at_{kl:g}": ceiling(own, gold, kl) for kl in KLS}
         rows.append(row)
     row = {"run": "gold", "seed": seed}
     rows.append(row | {f"best_at_{kl:g}": ceiling(gold, gold, kl) for kl in KLS})
@@ -246,17 +246,27 @@ def cell(rows: list[dict], kind: str, column: str, name: str = "accuracy") -> tu
     return 100 * mean, 100 * error
 
 
+def difference(points: float, error: float) -> str:
+    return f"{points:+.1f} ± {error:.1f}"
+
+
 def markdown(rows: list[dict], results: list[dict]) -> str:
-    """Two tables of who is right, and one of what the rewards are worth."""
+    """Who is right, less the usual reward model and less that of one pass, pair by pair; and what
+    the rewards are worth to an optimiser."""
     kinds = list(dict.fromkeys(row["pairs"] for row in rows))
     columns = list(dict.fromkeys(row["column"] for row in rows))
-    first = [name for name in columns if name in (EXPLICIT, ONE_PASS, "gold")
-             or name in [f"DPO, beta {beta:g}" for beta in BETAS]]
+    of_dpo = [f"DPO, beta {beta:g}" for beta in BETAS if f"DPO, beta {beta:g}" in columns]
+    others = [name for name in columns if name not in (EXPLICIT, ONE_PASS, "gold", *of_dpo)]
     text = ""
-    for part in (first, [name for name in columns if name not in first]):
-        lines = [[kind] + [number(*cell(rows, kind, column), ".1f") for column in part]
+    for title, name, alone, part in (
+            ("right, in %; then points less the reward model", "less", ["gold", EXPLICIT],
+             [ONE_PASS, *of_dpo]),
+            ("points less the reward model of one pass", "less_one_pass", [], of_dpo),
+            ("points less the reward model", "less", [], others)):
+        lines = [[kind, *(number(*cell(rows, kind, column), ".1f") for column in alone),
+                  *(difference(*cell(rows, kind, column, name)) for column in part)]
                  for kind in kinds]
-        text += as_table([["right, in %", *part], *lines]) + "\n"
+        text += as_table([[title, *alone, *part], *lines]) + "\n"
     lines = []
     for name in dict.fromkeys(row["run"] for row in results):
         own = [row for row in results if row["run"] == name]
@@ -266,7 +276,7 @@ def markdown(rows: list[dict], results: list[dict]) -> str:
                         number(*over_seeds(own, "kl"), ".2f"),
                         f"{np.mean([row['share'] or np.nan for row in own]):.0%}"]
         for kl in KLS:
-            best = [row[f"best_at_{kl:g}"] for row in own if f"best_at_{kl:g}" in row]
+            best = values(own, f"best_at_{kl:g}")
             line.append(number(*mean_se(best), ".3f") if best else "")
         lines.append(line)
     head = ["", "gold reward", "KL, nats", "of the optimum", *(f"best at {kl:g}" for kl in KLS)]
@@ -302,9 +312,8 @@ def draw(rows: list[dict], results: list[dict], path: Path) -> None:
             (x, x_error), (y, error) = over_seeds(own, "kl"), over_seeds(own, "reward")
             frontier.errorbar(x, y, error, x_error, fmt="D", markersize=4, capsize=2, label=name)
         for name in (EXPLICIT, TEACHER, "gold"):
-            own = [row for row in results if row["run"] == name]
-            frontier.plot(KLS, [np.mean([row[f"best_at_{kl:g}"] for row in own]) for kl in KLS],
-                          "x:", label=f"best policy for: {name}")
+            best = [np.mean(values(results, f"best_at_{kl:g}", run=name)) for kl in KLS]
+            frontier.plot(KLS, best, "x:", label=f"best policy for: {name}")
         frontier.set(xlabel="KL to the reference, nats", ylabel="gold reward", xscale="log")
         for axis in (bars, curve, frontier):
             axis.legend(fontsize=7)
