@@ -923,8 +923,8 @@ def rewardbench():
         return f"{points:+.1f} ± {error:.1f}".replace("-", "−")
     yield f"its error: {less('in distribution', 'DPO, beta 0.3')} points at β = 0.3"
     yield f"its own responses, {less('of DPO', 'DPO, beta 0.1')} at β = 0.1"
-    yield f"in distribution {less('in distribution', 'DPO, beta 0.3', 'less_one_pass')} points, on DPO's responses"
-    yield f"on DPO's responses {less('of DPO', 'DPO, beta 0.3', 'less_one_pass')}"
+    yield (f"in distribution {less('in distribution', 'DPO, beta 0.3', 'less_one_pass')} points, on DPO's responses "
+           f"{less('of DPO', 'DPO, beta 0.3', 'less_one_pass')}")
     yield (f"worse on hotter samples ({less('temperature 1.5', 'DPO, beta 0.3', 'less_one_pass')}) and better on negations "
            f"({less('negation', 'DPO, beta 0.3', 'less_one_pass')})")
     longer = [less("longer is better", f"DPO, beta {beta}") for beta in ("1", "0.1", "0.03")]
