@@ -939,6 +939,10 @@ def rewardbench():
     yield f"{implicit:.3f}, for the reward model's {explicit:.3f}, for that of one pass {one_pass:.3f}, for gold's {gold:.3f}"
     ran = best["PPO on DPO's reward, target 2 nats"]
     held = best["PPO, target 2 nats"]
+    beside, own, other = best["PPO on DPO's reward, beta 0.5"], best["DPO, beta 0.3"], exercise("python ppo.py --beta 0.5")[0]
+    yield (f"gold reward {beside['reward']:.3f} at {beside['kl']:.2f} nats, {beside['share']:.0%} of the optimum, where DPO itself "
+           f"has {own['reward']:.3f} at {own['kl']:.2f} and {own['share']:.0%}. PPO on the reward model with this β has "
+           f"{other['reward']:.3f} at {other['kl']:.2f} nats, {other['share']:.0%}")
     yield f"ends at {ran['kl']:.1f} nats, on the reward model at {held['kl']:.1f}"
 
 
