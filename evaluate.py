@@ -560,7 +560,8 @@ def main(runs: list[str], reward: str = "") -> None:
     """Evaluate finished policies of one task, and print how often each wins over each other.
 
     Args:
-        reward: FILE.py:function, or the folder of a reward model's run, in place of the gold one.
+        reward: FILE.py:function, or the folder of a run (a reward model, or a policy for its
+            implicit reward), in place of the gold one.
     """
     for run in runs:
         if not (Path(run) / "model.pt").exists():
@@ -584,7 +585,7 @@ def main(runs: list[str], reward: str = "") -> None:
     if reward and rewards.is_own(reward):
         start.measured_by = rewards.own_reward(reward)
     elif reward:
-        start.measured_by = rewards.learned_reward(reward, start.task, start.ref.config.block_size)
+        start.measured_by = pipeline.reward_of_run(reward, start)
     start.bank = pipeline.measured_bank(start)
     sampled = {
         name: sample_policy(policy, start.ref, start.tokenizer, start.bank.prompts, start.measure)

@@ -18,6 +18,7 @@ Its optimum is the same as DPO's: pi_ref(y|x) exp(r(x, y) / beta) / Z(x), Eq. 4 
     python ppo.py                              # on a reward model of the pairs; some 3 minutes
     python ppo.py --reward gold                # PPO-GT: the task's own reward
     python ppo.py --reward FILE.py:function    # yours: (prompts, responses), texts -> numbers
+    python ppo.py --reward runs/reviews/dpo-beta0.3-seed0    # DPO's implicit reward
     python ppo.py --reward gold --target-kl 1  # beta adapts until the KL is 1 nat
 
 Differs from Ziegler et al. (2019) and Stiennon et al. (2020): lam = 1 for 0.95, and two passes over
@@ -71,7 +72,7 @@ class Config:
 
     # ---- what is maximised
     reward: str = "model"  # Reward: model = learned from the pairs, gold = the task's own (PPO-GT),
-    # the run folder of a reward model, or FILE.py:function.
+    # the run folder of a reward model or of a policy (DPO's implicit reward), or FILE.py:function.
     beta: float = 0.1  # KL coefficient, in standard deviations of the score per nat; at first,
     # where --target-kl adapts it.
     target_kl: float = 0.0  # KL per response, in nats, that beta adapts to; 0 = beta stays as it

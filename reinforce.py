@@ -66,7 +66,7 @@ class Config:
 
     # ---- what is maximised
     reward: str = "model"  # Reward: model = learned from the pairs, gold = the task's own, the run
-    # folder of a reward model, or FILE.py:function.
+    # folder of a reward model or of a policy (its implicit reward), or FILE.py:function.
     beta: float = 0.1  # KL coefficient, in standard deviations of the score per nat.
     baseline: Literal["leave-one-out", "none"] = "leave-one-out"  # What a response is compared
     # with: the mean of the prompt's other responses, or nothing.

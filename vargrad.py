@@ -69,7 +69,7 @@ class Config:
 
     # ---- what is maximised
     reward: str = "model"  # Reward: model = learned from the pairs, gold = the task's own, the run
-    # folder of a reward model, or FILE.py:function.
+    # folder of a reward model or of a policy (its implicit reward), or FILE.py:function.
     beta: float = 0.1  # KL coefficient, in standard deviations of the score per nat.
 
     # ---- what it starts from

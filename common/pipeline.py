@@ -240,7 +240,7 @@ def gold_reward(start: Start) -> Reward:
 
 
 def reward(config: Any, start: Start) -> Reward:
-    """What --reward names: model (trained on the pairs), gold, a reward model's folder, or
+    """What --reward names: model (trained on the pairs), gold, the folder of a run, or
     FILE.py:function."""
     if start.reward is not None:
         return start.reward
@@ -249,7 +249,16 @@ def reward(config: Any, start: Start) -> Reward:
     if rewards.is_own(config.reward):
         return rewards.own_reward(config.reward)
     folder = reward_model(config) if config.reward == "model" else Path(config.reward)
-    return rewards.learned_reward(folder, start.task, start.ref.config.block_size, config.dtype)
+    return reward_of_run(folder, start, config.dtype)
+
+
+def reward_of_run(folder: str | Path, start: Start, dtype: str = "auto") -> Reward:
+    """A finished run as a reward: the score of a reward model, or the implicit reward of a policy
+    that was trained with a beta."""
+    settings_file = Path(folder) / "config.json"
+    if settings_file.exists() and "beta" in read_json_object(settings_file):
+        return rewards.implicit_reward(folder, start.ref, start.policy_id, start.task, dtype)
+    return rewards.learned_reward(folder, start.task, start.ref.config.block_size, dtype)
 
 
 def try_reward(name: str, dataset: str) -> None:

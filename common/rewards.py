@@ -1,4 +1,5 @@
-"""Rewards: the gold one, a learned one, or a function of yours. One interface for all:
+"""Rewards: the gold one, a learned one (explicit, or implicit in a policy), or a function of yours.
+One interface for all:
 
     reward(prompts, responses, samples=None) -> (B,) fp32 on the CPU; texts go in, higher is better
     reward.name     what it is, in words, for the tables that report it
@@ -32,7 +33,7 @@ from common.sharding import whole
 from common.tokenizer import Tokenizer
 from common.training import autocast, device, fingerprint, pad, similar_lengths
 from common.user_code import blamed, described, load_function
-from model import Samples, ScalarModel
+from model import GPT, Samples, ScalarModel, summed_logprobs
 
 
 @dataclass
@@ -129,6 +130,47 @@ def learned_reward(folder: str | Path, task: dict, block_size: int, dtype: str =
         return all_scores(model, samples.tokens, samples.lengths, dtype)
 
     return Reward(f"the reward model in {folder}", fingerprint(model.state_dict()), score, model)
+
+
+def implicit_reward(folder: str | Path, ref: GPT, policy_id: str, task: dict,
+                    dtype: str = "auto") -> Reward:
+    """beta log pi(y|x)/pi_ref(y|x) of a finished run's policy (Rafailov et al. 2023, Eq. 5; what
+    is missing there depends on the prompt alone).
+
+    Args:
+        ref, policy_id: the SFT policy and the fingerprint of its weights; the run must have been
+            trained from it, as pi over another reference is another reward.
+    """
+    policy, meta = load_run(folder)
+    check_same_task(folder, meta, task)
+    settings = read_json_object(Path(folder) / "config.json", "beta", "built_from")
+    if settings["built_from"].get("policy") != policy_id:
+        fail(f"--reward {folder}: was trained from another SFT policy, and its reward is relative "
+             "to that")
+    tokenizer = Tokenizer.load(Path(folder) / "tokenizer.tiktoken")
+
+    def score(prompts: list[str],
+              responses: list[str],
+              samples: Samples | None = None) -> torch.Tensor:
+        if samples is None:
+            samples = encoded(tokenizer, prompts, responses, policy.config.block_size)
+        inputs = samples.tokens, samples.prompt_lengths, samples.lengths
+        ratio = summed_logprobs(policy, *inputs, dtype) - summed_logprobs(ref, *inputs, dtype)
+        return settings["beta"] * ratio
+
+    return Reward(f"the implicit reward of the policy in {folder}",
+                  fingerprint(policy.state_dict()), score)
+
+
+def encoded(tokenizer: Tokenizer, prompts: list[str], responses: list[str],
+            block_size: int) -> Samples:
+    """Texts as ids: <bos> prompt response <eos>. What fills the block was sampled and cut there,
+    without <eos>."""
+    prompt_ids = [[tokenizer.bos] + ids for ids in tokenizer.encode_batch(prompts)]
+    rows = [(prompt + ids + [tokenizer.eos])[:block_size]
+            for prompt, ids in zip(prompt_ids, tokenizer.encode_batch(responses))]
+    tokens, lengths = pad(rows, tokenizer.pad)
+    return Samples(tokens, torch.tensor([len(ids) for ids in prompt_ids]), lengths, None)
 
 
 def pair_scores(model: ScalarModel, tokenizer: Tokenizer, prompts: list[str],

@@ -25,7 +25,8 @@ import evaluate
 import pebble
 import tamer as tamer_script
 from common.statistics import mean_se
-from experiments import ablation, ceiling, effort, frontier, length, overoptimization as over, scaling, scores, winrate
+from experiments import ablation, ceiling, effort, frontier, length, overoptimization as over, rewardbench as rewardbench_script
+from experiments import scaling, scores, winrate
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -936,6 +937,39 @@ def ledger():
     yield f"DAgger's ends at {error('ledger', 'DAgger', 4000, 'own', 18, 24)}"
 
 
+def rewardbench():
+    """The tables are those that the command writes; the sentences, of cells of them."""
+    found, policies = read("rewardbench/results.jsonl"), read("rewardbench/policies.jsonl")
+    yield from (line for line in rewardbench_script.markdown(found, policies).splitlines() if line)
+
+    def less(kind, column, name="less"):
+        points, error = rewardbench_script.cell(found, kind, column, name)
+        return f"{points:+.1f} ± {error:.1f}".replace("-", "−")
+    yield f"its error: {less('in distribution', 'DPO, beta 0.3')} points at β = 0.3"
+    yield f"its own responses, {less('of DPO', 'DPO, beta 0.1')} at β = 0.1"
+    yield (f"in distribution {less('in distribution', 'DPO, beta 0.3', 'less_one_pass')} points, on DPO's responses "
+           f"{less('of DPO', 'DPO, beta 0.3', 'less_one_pass')}")
+    yield (f"worse on hotter samples ({less('temperature 1.5', 'DPO, beta 0.3', 'less_one_pass')}) and better on negations "
+           f"({less('negation', 'DPO, beta 0.3', 'less_one_pass')})")
+    longer = [less("longer is better", f"DPO, beta {beta}") for beta in ("1", "0.1", "0.03")]
+    yield f"where the longer one is better, {longer[0]}, {longer[1]} and {longer[2]} points at β = 1, 0.1 and 0.03"
+    negation = [f"{row('rewardbench/results.jsonl', pairs='negation', column=column, seed=seed)['accuracy']:.1%}"
+                for column in ("reward model", "DPO, beta 1") for seed in (0, 1)]
+    yield (f"the reward model is right about {negation[0]} of them with one and {negation[1]} with the other, DPO at β = 1 about "
+           f"{negation[2]} and {negation[3]}")
+    best = {one["run"]: one for one in policies if one["seed"] == 0}
+    explicit, implicit, gold = (best[name]["best_at_2"] for name in ("reward model", "DPO, beta 0.3", "gold"))
+    one_pass = best["reward model, one pass"]["best_at_2"]
+    yield f"{implicit:.3f}, for the reward model's {explicit:.3f}, for that of one pass {one_pass:.3f}, for gold's {gold:.3f}"
+    ran = best["PPO on DPO's reward, target 2 nats"]
+    held = best["PPO, target 2 nats"]
+    beside, own, other = best["PPO on DPO's reward, beta 0.5"], best["DPO, beta 0.3"], exercise("python ppo.py --beta 0.5")[0]
+    yield (f"gold reward {beside['reward']:.3f} at {beside['kl']:.2f} nats, {beside['share']:.0%} of the optimum, where DPO itself "
+           f"has {own['reward']:.3f} at {own['kl']:.2f} and {own['share']:.0%}. PPO on the reward model with this β has "
+           f"{other['reward']:.3f} at {other['kl']:.2f} nats, {other['share']:.0%}")
+    yield f"ends at {ran['kl']:.1f} nats, on the reward model at {held['kl']:.1f}"
+
+
 def distill():
     for label, path, method, form in (
             ("8,000 labelled responses: cloning", "distill/results.jsonl", "cloning", ".2f"),
@@ -1250,6 +1284,15 @@ def course_against():
     one_pass = 100 * last("reviews/reward-model-epochs1-lr0.0005/log.jsonl")["held_out_accuracy"]
     yield f"After one pass the reward model is right about {one_pass:.1f}%, no more than DPO at β = 1"
     assert one_pass <= 100 * numbers["dpo-beta1-seed0, labels that it gets right"]["mean"]
+    bench = {kind: rewardbench_script.cell(read("rewardbench/results.jsonl"), kind, "DPO, beta 0.3", "less")
+             for kind in ("in distribution", "of DPO", "temperature 1.5", "another word")}
+    yield cells([f"{signed(points, '.1f')} ± {error:.1f}" for points, error in bench.values()])
+    cohere, stable = (94.7, 65.1, 90.3, 98.2, 74.6), (96.6, 55.5, 82.6, 89.4, 48.4)
+    starling = (96.9, 57.2, 88.2, 88.5, 71.4)
+    yield f"(94.7 + 65.1 + 90.3 + 98.2 + 0.5 · 74.6) / 4.5 = {rewardbench_script.score(*cohere):.2f}"
+    gap = rewardbench_script.score(*starling) - rewardbench_script.score(*stable)
+    without = (sum(starling[:4]) - sum(stable[:4])) / 4
+    yield f"Starling leads by {gap:.1f} points with them, {without:.1f} without"
     yield f"DPO's responses are {of_length('length', '.1f', 'DPO')} tokens long, SFT's {of_length('length', '.1f', 'SFT', beta=0)}"
     yield (f"at α = λ a run ends at {of_length('length', '.1f', 'length alpha', 1)} tokens, without a bias at "
            f"{of_length('length', '.1f', 'no bias')}")
@@ -1357,6 +1400,7 @@ CLAIMS = {
     "results/distill/README.md": lambda: (*distill(), *ledger()),
     "results/overoptimization/README.md": overoptimization,
     "results/length/README.md": length_page,
+    "results/rewardbench/README.md": rewardbench,
     "results/bench/README.md": bench,
     "results/memory/README.md": memory,
     "results/processes/README.md": processes,
