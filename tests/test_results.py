@@ -1146,15 +1146,20 @@ def readme():
     one, two = (lead(best["PPO"], best["DPO"], kl)[0].removeprefix("+") for kl in (1, 2))
     yield f"each at its best, {one} below it at 1 nat and {two} at 2"
     yield f"PPO has {share_at(best['PPO'], 2)} of the optimum at 2 nats, not {share_at(methods['PPO'], 2)}"
-    yield f"no: {lead(methods['PPO-GT'], dpo, 4)[0].removeprefix('+')} below it at 4 nats"
     yield f"at T = 1 their summaries win {win_rate_of('posts', 'DPO', 1.0)} and {win_rate_of('posts', 'PPO', 1.0)}"
     greedy = [row("posts/winrate/results.jsonl", method=method, temperature=0.0, n=1) for method in ("DPO", "PPO")]
     same, = {f"{100 * one['win_rate']:.0f} ± {100 * one['win_rate_se']:.0f}" for one in greedy}
     yield f"greedy {same} both"
     yield f"(SFT: {win_rate_of('posts', 'SFT', 1.0)} and {win_rate_of('posts', 'SFT', 0.0)})"
-    yield (f"best of n rises to {win_rate_of('posts', 'best of n', 1.0, 16)} at n = 16 and falls to "
-           f"{win_rate_of('posts', 'best of n', 1.0, 128)} at 128; by the gold reward "
-           f"{win_rate_of('posts', 'best of n by the gold reward', 1.0, 128)}")
+    free = [one["reward"] for one in rows("overoptimization/results.jsonl", method="PPO", setting="1000, beta 1e-06")]
+    yield "gold from {:.3f} to {:.3f} to {:.3f}".format(*(statistics.mean(value(way) for way in free)
+                                                       for value in (lambda way: way[0], max, lambda way: way[-1])))
+    yield (f"DPO writes {of_length('length', '.1f', 'DPO')} tokens, SFT {of_length('length', '.1f', 'SFT', beta=0)}; "
+           f"`--length-alpha` is no early stopping: {of_length('shorter', '.1f', 'length alpha', 1)} tokens shorter")
+    hidden = [rewardbench_script.cell(read("rewardbench/results.jsonl"), kind, f"DPO, beta {beta}", "less")
+              for kind, beta in (("in distribution", 0.3), ("of DPO", 0.1))]
+    yield "in distribution {} ± {:.1f} points; on DPO's own responses {} ± {:.1f} (β = 0.1)".format(
+        *(text for points, error in hidden for text in (signed(points, ".1f"), error)))
     slopes = [next(one for one in rows("dagger/bridge/results.jsonl", method=method) if "slope" in one)["slope"]
               for method in ("cloning", "DAgger")]
     yield f"T^{slopes[0]:.2f} and T^{slopes[1]:.2f}"
