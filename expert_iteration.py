@@ -262,8 +262,8 @@ def train(config: Config) -> Path:
     prompts = tasks.prompts(config.dataset, "train")  # texts
     prompt_ids = tokenizer.encode_batch(prompts)
     pairs = pairs_of(config, start) if conditioning else None
-    B = min(config.round_prompts, len(prompts)) * config.samples  # responses of a round
-    learned_from = B // config.samples  # rows of a round: the best of each prompt
+    B = config.round_prompts * config.samples  # responses of a round
+    learned_from = config.round_prompts  # rows of a round: the best response to each prompt
     if conditioning:
         learned_from = pairs.lengths.numel()
     elif quark:
@@ -276,7 +276,7 @@ def train(config: Config) -> Path:
     if conditioning or quark:
         controls = torch.tensor(control_tokens(tokenizer, 2 if conditioning else config.quantiles))
         best = int(controls[-1])
-        policy.wte.weight.data[controls] = policy.wte.weight.data[tokenizer.bos]
+        policy.wte.weight.data[controls] = policy.wte.weight[tokenizer.bos].detach().clone()
     rows = Rows(count, ref.config.block_size)
     networks = nn.ModuleDict({"policy": policy, "rows": rows}).to(device())
     optimizer = adamw(policy, config.lr, 0.0, (0.9, 0.95))
@@ -305,7 +305,8 @@ def train(config: Config) -> Path:
                        torch.zeros(learned_from))
         elif step % steps_of_round == 0:
             order = torch.randperm(len(prompts), generator=generator(config.seed, PROMPTS, number))
-            chosen = order[:B // config.samples].repeat_interleave(config.samples).tolist()
+            order = order.repeat(config.round_prompts // len(prompts) + 1)[:config.round_prompts]
+            chosen = order.repeat_interleave(config.samples).tolist()  # (B,) numbers of prompts
             with autocast(config.dtype):
                 samples = generate(policy, [[best] + prompt_ids[i] for i in chosen],
                                    ref.config.block_size, tokenizer.eos, tokenizer.pad,
@@ -355,7 +356,7 @@ def train(config: Config) -> Path:
         run.checkpoint(step + 1)
 
     # ---- 4) behind the best token it is a policy like any other ----------------------------------
-    policy.wte.weight.data[tokenizer.bos] = policy.wte.weight.data[best]
+    policy.wte.weight.data[tokenizer.bos] = policy.wte.weight[best].detach().clone()
     if config.evaluate_every:
         evaluate.log_evaluation(run, steps, policy, start)
 

@@ -1,5 +1,6 @@
 """expert_iteration.py: where each method ends, by enumeration; Quark's loss by its slow definition; and that the script arrives."""
 import itertools
+import json
 import math
 
 import pytest
@@ -142,11 +143,10 @@ def test_no_text_has_a_control_token():
     assert not set(controls) & {tokenizer.pad, tokenizer.bos, tokenizer.eos}
 
 
-def test_a_vocabulary_with_one_special_token_is_refused(capsys):
+def test_a_vocabulary_with_one_special_token_is_refused():
     """Of GPT-2 <bos> is <eos>: in its place a control token would become the end of every response."""
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="<bos> is not <eos>"):
         control_tokens(Tokenizer({bytes([b]): b for b in range(256)}, (256, 256, 256)), 2)
-    assert "<bos> is not <eos>" in capsys.readouterr().err
 
 
 def test_behind_a_control_token():
@@ -193,7 +193,7 @@ def test_at_the_start_quark_is_the_reference():
 
 # ---- the script ------------------------------------------------------------------------------------------------------
 
-GIVEN = "--sft short/sft --warmup 1 --lr 5e-3 --round-prompts 120 --batch-size 60 "
+GIVEN = "--sft short/sft --warmup 1 --lr 1e-2 "
 
 
 @pytest.fixture
@@ -217,30 +217,31 @@ def missing(folder, work, n):
     return left / far
 
 
-@pytest.mark.parametrize("rounds, samples", [(1, 9), (2, 3)])
-def test_the_script_reaches_best_of_n(small_run, toy, rounds, samples):
-    log, folder = small_run(f"--reward rewards.py:letters --rounds {rounds} --samples {samples} --epochs 25")
-    assert missing(folder, toy[1], 9) < 0.15
+def test_the_script_goes_towards_best_of_n(small_run, toy):
+    """Two rounds of best of 3: more than half of the way to best of 9, in a few steps."""
+    log, folder = small_run("--reward rewards.py:letters --rounds 2 --samples 3 --round-prompts 1600 --batch-size 160 "
+                            "--epochs 4")
+    assert missing(folder, toy[1], 9) < 0.5
     began = [row for row in log if "round" in row]
-    assert [row["round"] for row in began] == list(range(rounds))
-    assert all(row["kept_scores"] > row["scores"] for row in began)
-    if rounds == 2:  # what it drew then is as good as what it had kept
-        assert began[1]["scores"] == pytest.approx(began[0]["kept_scores"], abs=0.3)
+    assert [row["round"] for row in began] == [0, 1]
+    # what it drew in the second round is about as good as what it had kept in the first
+    assert began[0]["scores"] + 0.3 < began[1]["scores"] < began[0]["kept_scores"] + 0.1
 
 
 def test_quark_with_one_quantile_learns_what_it_wrote(small_run, toy):
     """No response is better than another, so the policy stays near the reference; with five quantiles it does not."""
-    scores = {}
+    gain = {}
     for quantiles in (1, 5):
-        log, folder = small_run(f"--method quark --reward rewards.py:letters --quantiles {quantiles} --rounds 3 --epochs 4 --kappa 0.01")
-        began = [row["scores"] for row in log if "round" in row]
-        scores[quantiles] = began[-1] - began[0]
-    assert abs(scores[1]) < 0.3 < scores[5]
+        log, _ = small_run(f"--method quark --reward rewards.py:letters --quantiles {quantiles} --rounds 3 --epochs 4 --kappa 0.01 "
+                           "--round-prompts 400 --batch-size 200")
+        scores = [row["scores"] for row in log if "round" in row]
+        gain[quantiles] = scores[-1] - scores[0]  # each of 1,600 responses: an error of 0.03
+    assert abs(gain[1]) < 0.1 and gain[5] > 0.15
 
 
 def test_what_is_kept_needs_no_control_token(small_run, toy, monkeypatch):
     """<bos> has taken the best one's place: the finished policy prefers, from <bos> on, what was liked."""
-    pairs = toy[1] / "runs/sft/../../pairs.jsonl"
+    pairs = toy[1] / "pairs.jsonl"
     monkeypatch.setattr(expert_iteration.pipeline, "sampled_pairs", lambda *args: pairs)
     log, folder = small_run("--method conditioning --epochs 30 --lr 1e-2 --sft runs/sft --batch-size 20")
     policy, ref = load_run(folder)[0], load_run(toy[1] / "runs/sft")[0]
@@ -248,7 +249,7 @@ def test_what_is_kept_needs_no_control_token(small_run, toy, monkeypatch):
     liked = torch.equal(policy.wte.weight[tokenizer.bos], policy.wte.weight[control_tokens(tokenizer, 2)[1]])
     assert liked and not torch.equal(policy.wte.weight[tokenizer.bos], policy.wte.weight[control_tokens(tokenizer, 2)[0]])
     wins = {}
-    for row in map(__import__("json").loads, pairs.read_text().splitlines()):
+    for row in map(json.loads, pairs.read_text().splitlines()):
         wins.setdefault(row["chosen"], 0)
         wins[row["chosen"]] += 1
         wins.setdefault(row["rejected"], 0)
