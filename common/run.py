@@ -381,11 +381,13 @@ def compare_settings(folder: Path, config: Any, built_from: dict | None, advice:
     else:
         default = {}
     differ = []
+    made_from = old.get("built_from") if isinstance(old.get("built_from"), dict) else {}
     for name, value in json.loads(json.dumps(config)).items():
         before = old.get(name, default.get(name))
+        if name == "sft" and "policy" in made_from:
+            continue  # which policy it was is known, wherever it lay: "" is runs/<dataset>/sft
         if name not in settings.ROUNDING_ONLY and before != value:
             differ.append(f"{name} was {before!r}, now {value!r}")
-    made_from = old.get("built_from") if isinstance(old.get("built_from"), dict) else {}
     for name, value in (built_from or {}).items():
         if name not in made_from:
             differ.append(f"it does not say which {name} it was made from")

@@ -2,6 +2,7 @@
 import dataclasses
 import inspect
 import itertools
+import json
 import math
 import re
 import signal
@@ -22,7 +23,7 @@ import reward_model
 import sft
 import vargrad
 from common import settings, tasks
-from common.run import Run
+from common.run import Run, compare_settings
 from common.settings import command, field_notes, label, parse, require, run_folder, typed
 from common.tokenizer import Tokenizer
 from common.training import Mean, adamw, autocast, batches, fingerprint, generator, pad, warmup_cosine, warmup_linear
@@ -402,3 +403,15 @@ def test_the_command_is_what_a_user_would_type():
         assert parse(module.Config, "", words[1:]) == config
     assert label("label_smoothing", 0.2) == "labelsmoothing0.2" and label("quick", True) == "quick"
     assert run_folder(Config(dataset="imdb", lr=1.0), "x") == "runs/imdb/x-lr1"
+
+
+def test_a_run_is_found_by_its_policy_wherever_that_lay(tmp_path):
+    """python classifier.py has --sft "", a script that lacks a classifier names the folder: one policy, one run. Another
+    policy is another run."""
+    config = classifier.Config(dataset="imdb", out=str(tmp_path))
+    made_from = {"policy": "0123", "documents": "abcd"}
+    (tmp_path / "config.json").write_text(json.dumps({**dataclasses.asdict(config), "built_from": made_from}))
+    named = dataclasses.replace(config, sft="runs/imdb/sft")
+    compare_settings(tmp_path, named, made_from, "")
+    with pytest.raises(SystemExit, match="policy was '0123', now '4567'"):
+        compare_settings(tmp_path, named, made_from | {"policy": "4567"}, "")
