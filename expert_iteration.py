@@ -93,10 +93,10 @@ class Config:
     # ---- optimisation
     rounds: int = 3  # How often it samples, and learns from what it wrote.
     round_prompts: int = 1600  # Prompts of a round, drawn anew for each.
-    epochs: float = 2.0  # Passes over what a round learns from.
+    epochs: float = 3.0  # Passes over what a round learns from.
     batch_size: int = 32  # Responses per step.
     micro_batch_size: int = 0  # Responses per forward pass if memory is short; 0 = all.
-    lr: float = 1e-3  # Learning rate after the warm-up, from where it falls linearly to 0.
+    lr: float = 3e-4  # Learning rate after the warm-up, from where it falls linearly to 0.
     warmup: int = 10  # Steps of linear warm-up.
     max_grad_norm: float = 1.0  # Norm at which gradients are clipped.
     seed: int = 0  # Seed of prompts, responses and order.
@@ -336,12 +336,13 @@ def train(config: Config) -> Path:
                 if quark:
                     losses, kl = quark_losses(policy, ref, *rows.inputs(part), tokenizer.bos,
                                               config.kappa)
-                    metrics.add(kl=kl)
                 else:
                     losses = -response_logprobs(policy, *rows.inputs(part)).sum(1)  # (b,)
             # divided by the whole batch's tokens: micro-batches add up to the mean over these
             (losses.sum() / response_tokens).backward()
             metrics.add(loss=losses)
+            if quark:
+                metrics.add(kl=kl)
 
         add_gradients(policy)  # of several processes, each with its share of the rows
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()

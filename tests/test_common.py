@@ -17,6 +17,7 @@ import torch
 import classifier
 import data.imdb
 import dpo
+import expert_iteration
 import ppo
 import reinforce
 import reward_model
@@ -30,7 +31,7 @@ from common.training import Mean, adamw, autocast, batches, fingerprint, generat
 from conftest import tiny_gpt
 from model import GPTConfig, ScalarModel
 
-ALGORITHMS = [sft, reward_model, classifier, dpo, vargrad, reinforce, ppo]
+ALGORITHMS = [sft, reward_model, classifier, dpo, expert_iteration, vargrad, reinforce, ppo]
 LENGTHS = torch.randint(5, 60, (203,), generator=torch.Generator().manual_seed(0))
 
 

@@ -219,7 +219,7 @@ def missing(folder, work, n):
 
 def test_the_script_goes_towards_best_of_n(small_run, toy):
     """Two rounds of best of 3: more than half of the way to best of 9, in a few steps."""
-    log, folder = small_run("--reward rewards.py:letters --rounds 2 --samples 3 --round-prompts 1600 --batch-size 160 "
+    log, folder = small_run("--reward rewards.py:letters --rounds 2 --samples 3 --round-prompts 3000 --batch-size 300 "
                             "--epochs 4")
     assert missing(folder, toy[1], 9) < 0.5
     began = [row for row in log if "round" in row]
