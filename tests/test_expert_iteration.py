@@ -1,7 +1,5 @@
-"""expert_iteration.py: where each method ends, by enumeration; Quark's loss by its slow definition; and that the script arrives."""
+"""expert_iteration.py: where its rounds end, by enumeration; and that the script goes there."""
 import itertools
-import json
-import math
 
 import pytest
 import torch
@@ -9,13 +7,10 @@ import torch
 import clone
 import data.reviews
 import evaluate
-import expert_iteration
 from common.run import load_run
-from common.tokenizer import Tokenizer, train_bpe
-from conftest import log_of, naive_logprobs, smaller, tiny_gpt
-from expert_iteration import (begun_with, best_of, control_tokens, kl_of_weights, preferred_weights, quantiles_of,
-                              quark_losses)
-from toy import worlds
+from conftest import log_of, smaller
+from expert_iteration import best_of
+from toy import PROBS, REWARD, best_of_n, worlds
 
 
 @pytest.fixture(autouse=True)
@@ -23,12 +18,6 @@ def quick(monkeypatch):
     """No figure, which takes matplotlib a second, and 4 responses of the reference to each of 3 test prompts."""
     monkeypatch.setattr(evaluate, "draw_run", lambda *args: None)
     monkeypatch.setattr(data.reviews, "TASK", smaller(data.reviews.TASK, bank_prompts=3, bank_samples=4))
-
-
-# ---- best of n -------------------------------------------------------------------------------------------------------
-
-PROBS = torch.tensor([0.05, 0.3, 0.1, 0.2, 0.05, 0.25, 0.05], dtype=torch.double)
-REWARD = torch.tensor([2.0, 0.5, 1.5, 0.5, 3.0, -1.0, 1.5], dtype=torch.double)  # two pairs of equal ones
 
 
 def test_the_best_of_each_prompt_by_hand():
@@ -42,16 +31,6 @@ def kept_by(probs, samples):
     for drawn in itertools.product(range(len(probs)), repeat=samples):
         kept[drawn[int(best_of(REWARD[list(drawn)], samples))]] += probs[list(drawn)].prod()
     return kept
-
-
-def best_of_n(probs, n, reward=REWARD):
-    """In closed form: F(r)^n - F(below r)^n for all responses of reward r, shared as the reference shares it."""
-    target = torch.zeros_like(probs)
-    for r in reward.unique():
-        equal = reward == r
-        up_to, below = probs[reward <= r].sum(), probs[reward < r].sum()
-        target[equal] = probs[equal] / probs[equal].sum() * (up_to ** n - below ** n)
-    return target
 
 
 @pytest.mark.parametrize("rounds, samples", [(1, 2), (1, 4), (2, 2), (3, 2), (2, 3)])
@@ -73,122 +52,6 @@ def test_what_is_kept_is_what_the_bank_says():
         for subset in subsets:
             kept[subset[int(best_of(rewards[list(subset)], n))]] += 1 / len(subsets)
         torch.testing.assert_close(kept, evaluate.best_of_n_weights(rewards[None], n)[0])
-
-
-# ---- conditioning and Preferred-FT -----------------------------------------------------------------------------------
-
-def fitted(rows, weights, tables):
-    """Tables of logits that minimise sum of weights * -log pi(response | table): rows of (table, response)."""
-    logits = torch.zeros(tables, len(PROBS), dtype=torch.double, requires_grad=True)
-    table, response = torch.tensor(rows).T
-    optimizer = torch.optim.LBFGS([logits], max_iter=500, tolerance_grad=1e-13, tolerance_change=1e-16, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = -(weights * logits.log_softmax(1)[table, response]).sum()
-        loss.backward()
-        return loss
-    optimizer.step(closure)
-    return logits.detach().softmax(1)
-
-
-@pytest.mark.parametrize("scale", [1.0, 5.0, math.inf])
-def test_conditioning_and_preferred_ft_have_one_target(scale):
-    """Of all pairs, as often as they are drawn and won: the table behind "liked", the table of the chosen responses alone, and
-    pi_ref(y) P(y wins) / P(win) are the same, though the first also learns what was disliked."""
-    wins = torch.sigmoid(scale * (REWARD[:, None] - REWARD)).nan_to_num(0.5)
-    rows, weights = [], []
-    for i, j in itertools.product(range(7), repeat=2):
-        rows += [(1, i), (0, j)]  # i wins: liked; j loses: disliked
-        weights += 2 * [(PROBS[i] * PROBS[j] * wins[i, j]).item()]
-    both = fitted(rows, torch.tensor(weights), 2)
-    chosen = fitted([(0, i) for _, i in rows[::2]], torch.tensor(weights[::2]), 1)
-    target = 2 * PROBS * (wins * PROBS).sum(1)
-    torch.testing.assert_close(both[1], target, rtol=0, atol=1e-7)
-    torch.testing.assert_close(chosen[0], target, rtol=0, atol=1e-7)
-    torch.testing.assert_close(both[0], 2 * PROBS * (wins.T * PROBS).sum(1), rtol=0, atol=1e-7)
-    if scale == math.inf:
-        torch.testing.assert_close(target, best_of_n(PROBS, 2), rtol=0, atol=1e-12)
-
-
-def test_without_noise_the_target_is_best_of_2_and_0193_nats_away():
-    rewards = torch.rand(3, 400, generator=torch.Generator().manual_seed(0), dtype=torch.double)
-    wins = (rewards[:, :, None] > rewards[:, None, :]).double()
-    weights = preferred_weights(wins)
-    torch.testing.assert_close(weights, evaluate.best_of_n_weights(rewards, 2))
-    assert kl_of_weights(weights).mean().item() == pytest.approx(math.log(2) - 0.5, abs=2e-3)
-    assert evaluate.best_of_n_kl(2) == pytest.approx(0.193, abs=5e-4)
-
-
-def test_labels_that_say_nothing_leave_the_reference():
-    weights = preferred_weights(torch.full((2, 5, 5), 0.5))
-    torch.testing.assert_close(weights, torch.full((2, 5), 0.2, dtype=torch.double))
-    assert kl_of_weights(weights).abs().max() < 1e-12
-
-
-# ---- control tokens, Quark -------------------------------------------------------------------------------------------
-
-def test_quantiles_by_hand():
-    scores = torch.tensor([0.3, 9.0, 0.1, 0.1, 5.0, 0.2])
-    assert quantiles_of(scores, 3).tolist() == [1, 2, 0, 0, 2, 1]
-    assert quantiles_of(scores, 1).tolist() == [0] * 6
-    assert torch.bincount(quantiles_of(torch.zeros(10), 5)).tolist() == [2] * 5
-
-
-def test_no_text_has_a_control_token():
-    tokenizer = train_bpe(["the film was good"] * 3, 270)
-    controls = control_tokens(tokenizer, 8)
-    every = "".join(chr(point) for point in range(0x110000) if not 0xD800 <= point < 0xE000)  # all of Unicode
-    assert len(set(controls)) == 8 and not set(controls) & set(tokenizer.encode(every))
-    assert not set(controls) & {tokenizer.pad, tokenizer.bos, tokenizer.eos}
-
-
-def test_a_vocabulary_with_one_special_token_is_refused():
-    """Of GPT-2 <bos> is <eos>: in its place a control token would become the end of every response."""
-    with pytest.raises(SystemExit, match="<bos> is not <eos>"):
-        control_tokens(Tokenizer({bytes([b]): b for b in range(256)}, (256, 256, 256)), 2)
-
-
-def test_behind_a_control_token():
-    """Inside, <bos> is the control token to all who read it; outside, nothing has changed."""
-    model, token, bos = tiny_gpt(), 3, 1
-    before = model.wte.weight.clone()
-    wanted = model.hidden(torch.tensor([[token, 5, 6]]))
-    with begun_with(model, token, bos):
-        torch.testing.assert_close(model.hidden(torch.tensor([[bos, 5, 6]])), wanted)
-    assert torch.equal(model.wte.weight, before)
-
-
-def test_quarks_loss_by_its_definition():
-    """Token by token: -log pi of what was written, and kappa sum_v pi_ref(v) log pi_ref(v) / pi(v), on unpadded rows."""
-    policy, ref, bos, kappa = tiny_gpt(seed=1), tiny_gpt(seed=2), 1, 0.3
-    rows = [([9, 4], [5, 6, 2]), ([8, 4, 3], [7, 2])]
-    tokens = torch.tensor([[9, 4, 5, 6, 2], [8, 4, 3, 7, 2]])
-    losses, kl = quark_losses(policy, ref, tokens, torch.tensor([2, 3]), torch.tensor([5, 5]), bos, kappa)
-    for i, (prompt, response) in enumerate(rows):
-        wanted = 0.0
-        for t in range(len(response)):
-            before = prompt[1:] + response[:t]
-            p = ref(torch.tensor([[bos] + before]))[0, -1].softmax(0)
-            q = policy(torch.tensor([[prompt[0]] + before]))[0, -1].softmax(0)
-            wanted += sum(p[v] * (p[v] / q[v]).log() for v in range(11)).item()
-        assert kl[i].item() == pytest.approx(wanted, rel=1e-4)
-        plain = -naive_logprobs(policy, prompt, response).sum().item()
-        assert losses[i].item() == pytest.approx(plain + kappa * wanted, rel=1e-4)
-
-
-def test_at_the_start_quark_is_the_reference():
-    """Control tokens that are copies of <bos>: no KL, and with kappa its gradient is that of next-token prediction alone."""
-    policy, ref, bos = tiny_gpt(), tiny_gpt(), 1
-    for model in (policy, ref):
-        model.wte.weight.data[9] = model.wte.weight.data[bos]
-    inputs = torch.tensor([[9, 4, 5, 6, 2]]), torch.tensor([2]), torch.tensor([5])
-    gradients = []
-    for kappa in (0.0, 5.0):
-        losses, kl = quark_losses(policy, ref, *inputs, bos, kappa)
-        assert kl.item() == pytest.approx(0, abs=1e-6)
-        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(losses.sum(), [*policy.parameters()])]))
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
 # ---- the script ------------------------------------------------------------------------------------------------------
@@ -225,38 +88,4 @@ def test_the_script_goes_towards_best_of_n(small_run, toy):
     began = [row for row in log if "round" in row]
     assert [row["round"] for row in began] == [0, 1]
     # what it drew in the second round is about as good as what it had kept in the first
-    assert began[0]["scores"] + 0.3 < began[1]["scores"] < began[0]["kept_scores"] + 0.1
-
-
-def test_quark_with_one_quantile_learns_what_it_wrote(small_run, toy):
-    """No response is better than another, so the policy stays near the reference; with five quantiles it does not."""
-    gain = {}
-    for quantiles in (1, 5):
-        log, _ = small_run(f"--method quark --reward rewards.py:letters --quantiles {quantiles} --rounds 3 --epochs 4 --kappa 0.01 "
-                           "--round-prompts 400 --batch-size 200")
-        scores = [row["scores"] for row in log if "round" in row]
-        gain[quantiles] = scores[-1] - scores[0]  # each of 1,600 responses: an error of 0.03
-    assert abs(gain[1]) < 0.1 and gain[5] > 0.15
-
-
-def test_what_is_kept_needs_no_control_token(small_run, toy, monkeypatch):
-    """<bos> has taken the best one's place: the finished policy prefers, from <bos> on, what was liked."""
-    pairs = toy[1] / "pairs.jsonl"
-    monkeypatch.setattr(expert_iteration.pipeline, "sampled_pairs", lambda *args: pairs)
-    log, folder = small_run("--method conditioning --epochs 30 --lr 1e-2 --sft runs/sft --batch-size 20")
-    policy, ref = load_run(folder)[0], load_run(toy[1] / "runs/sft")[0]
-    tokenizer = Tokenizer.load(folder / "tokenizer.tiktoken")
-    liked = torch.equal(policy.wte.weight[tokenizer.bos], policy.wte.weight[control_tokens(tokenizer, 2)[1]])
-    assert liked and not torch.equal(policy.wte.weight[tokenizer.bos], policy.wte.weight[control_tokens(tokenizer, 2)[0]])
-    wins = {}
-    for row in map(json.loads, pairs.read_text().splitlines()):
-        wins.setdefault(row["chosen"], 0)
-        wins[row["chosen"]] += 1
-        wins.setdefault(row["rejected"], 0)
-    best, worst = max(wins, key=wins.get), min(wins, key=wins.get)
-
-    def margin(model):
-        return sum(sign * naive_logprobs(model, [tokenizer.bos, *tokenizer.encode("a")],
-                                         [*tokenizer.encode(text), tokenizer.eos]).sum().item()
-                   for sign, text in ((1, best), (-1, worst)))
-    assert margin(policy) > margin(ref) + 1
+    assert began[0]["scores"] + 0.3 < began[1]["scores"] < began[0]["best_scores"] + 0.1

@@ -12,7 +12,7 @@ TASK = Task(
             pair_prompts=1600, pair_samples=4,
             bank_prompts=128, bank_samples=64,
             evaluate_every={"sft": 25, "dpo": 25, "ppo": 5, "reinforce": 5, "vargrad": 5,
-                            "expert_iteration": 50},
+                            "expert_iteration": 50, "conditioning": 50},
             minutes={"sft": 3.5, "pairs": 1, "bank": 1, "reward_model": 2},
             settings={
                 "sft": dict(block_size=224, steps=1000),
