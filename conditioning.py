@@ -21,9 +21,9 @@ wrote, whatever the score.
     python conditioning.py --on samples --reward gold           # ... on the task's own reward
     python conditioning.py --on samples --reward FILE.py:function
 
-A control token stands where <bos> stands else. It starts as a copy of <bos>, so that at first
-behind each the policy is the reference; at the end the best one takes <bos>'s place, and what is
-kept is a policy like any other.
+A control token stands where <bos> stands else: it is <bos> plus a vector of its own, which is 0 at
+first, so that behind each of them the policy begins as the reference. At the end the best one's
+vector is added to the embedding of the first position, and what is kept is a policy like any other.
 
 Reads   the SFT policy, and the pairs or the reward model (made if they are missing),
         data/<dataset>/prepared/prompts_train.jsonl
@@ -49,13 +49,12 @@ import torch.nn as nn
 from tqdm import tqdm
 
 import evaluate
-from common import fail, pipeline, tasks
+from common import pipeline, tasks
 from common.memory import Memory
 from common.pairs import pair_tensors, read_pairs
 from common.processes import add_gradients, mine
 from common.run import Run
 from common.settings import parse, require, require_numbers, run_folder, settings
-from common.tokenizer import Tokenizer
 from common.training import (Device, Dtype, Mean, adamw, autocast, batches, check_steps, device,
                              generator, half_ties, set_lr)
 from model import GPT, Samples, generate, response_logprobs
@@ -112,8 +111,6 @@ class Config:
         for name in ("reward", "samples", "rounds", "round_prompts", "quantiles", "kappa"):
             require(self.on == "samples" or getattr(self, name) == getattr(Config, name),
                     f"--{name.replace('_', '-')}: needs --on samples")
-        require(self.quantiles <= len(FREE_BYTES),
-                f"--quantiles {self.quantiles}: at most {len(FREE_BYTES)}")
         require(self.reward == "model" or not self.prompts, "--prompts: needs --reward model")
         require(self.reward == "model" or not self.pairs_seed, "--pairs-seed: needs --reward model")
         gold = self.reward == "gold"
@@ -124,24 +121,39 @@ class Config:
 
 # ---- control tokens ------------------------------------------------------------------------------
 
-FREE_BYTES = range(0xF8, 0x100)  # no text has them: UTF-8 does not use them
+class ControlledEmbedding(nn.Embedding):
+    """Token embeddings with K more ids, V ... V + K - 1, for the control tokens. The output head,
+    which has the same weights, does not have these: no response can contain one."""
 
+    def __init__(self, wte: nn.Embedding, bos: int, K: int):
+        super().__init__(*wte.weight.shape, _weight=wte.weight.detach().clone())
+        self.bos = bos
+        self.controls = nn.Parameter(torch.zeros(K, wte.embedding_dim))
 
-def control_tokens(tokenizer: Tokenizer, count: int) -> list[int]:
-    """Ids of tokens that no text is encoded to; the last one is the best."""
-    if tokenizer.bos == tokenizer.eos:
-        fail("conditioning.py: control tokens need a vocabulary in which <bos> is not <eos>")
-    return [tokenizer.ranks[bytes([byte])] for byte in FREE_BYTES[:count]]
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens (B, T) to (B, T, C)."""
+        number = tokens - self.num_embeddings  # of the control token; below 0 for any other
+        is_control = number >= 0
+        plain = super().forward(tokens.where(~is_control, self.bos))
+        return plain + self.controls[number.clamp(min=0)] * is_control[..., None]
 
 
 @contextmanager
-def begun_with(policy: GPT, token: int, bos: int) -> Iterator[None]:
-    """with begun_with(...): <bos> is read as a control token, so that all who know nothing of
-    control tokens see the policy behind it."""
-    embeddings = policy.wte.weight.data
-    embeddings[[token, bos]] = embeddings[[bos, token]]
+def behind_the_best(policy: GPT) -> Iterator[None]:
+    """with behind_the_best(policy): <bos> is the best control token, also for those who know
+    nothing of control tokens. It stands first, so the first position has the vector instead."""
+    first = policy.wpe.weight.data[0]
+    before = first.clone()
+    first += policy.wte.controls.data[-1]
     yield
-    embeddings[[token, bos]] = embeddings[[bos, token]]
+    first.copy_(before)
+
+
+def without_controls(policy: GPT) -> GPT:
+    """The policy behind the best control token, as any other file knows policies."""
+    policy.wpe.weight.data[0] += policy.wte.controls.data[-1]
+    policy.wte = nn.Embedding.from_pretrained(policy.wte.weight.detach(), freeze=False)
+    return policy
 
 
 # ---- the losses ----------------------------------------------------------------------------------
@@ -199,18 +211,17 @@ def train(config: Config) -> Path:
     ref = start.ref.requires_grad_(False)
     tokenizer = start.tokenizer
     prompts = tasks.prompts(config.dataset, "train")  # texts
-    prompt_ids = tokenizer.encode_batch(prompts)
-    controls = torch.tensor(control_tokens(tokenizer, config.quantiles if quark else 2))
-    best = int(controls[-1])
+    prompt_ids = [[tokenizer.bos] + ids for ids in tokenizer.encode_batch(prompts)]
+    V = ref.config.vocab_size  # the first control token's id
 
-    # ---- 2) the policy starts as a copy of the reference, and so do its control tokens -----------
+    # ---- 2) the policy starts as a copy of the reference, behind each control token --------------
     policy = copy.deepcopy(ref).requires_grad_(True).train()
-    policy.wte.weight.data[controls] = policy.wte.weight[tokenizer.bos].detach().clone()
+    policy.wte = ControlledEmbedding(policy.wte, tokenizer.bos, config.quantiles if quark else 2)
     if quark:
         rows_of_round = config.round_prompts * config.samples
         memory = Memory(config.rounds * rows_of_round, ref.config.block_size)
     else:
-        memory = memory_of_pairs(config, start, controls)
+        memory = memory_of_pairs(config, start)
         rows_of_round = len(memory.lengths)
     networks = nn.ModuleDict({"policy": policy, "memory": memory}).to(device())
     optimizer = adamw(policy, config.lr, 0.0, (0.9, 0.95))
@@ -226,7 +237,7 @@ def train(config: Config) -> Path:
     bar = tqdm(range(run.step, steps), name, steps, initial=run.step)
     for step in bar:
         if config.evaluate_every and step % config.evaluate_every == 0:
-            with begun_with(policy, best, tokenizer.bos):
+            with behind_the_best(policy):
                 evaluate.log_evaluation(run, step, policy, start)
         lr = config.lr * min(1, (step + 1) / config.warmup) * (1 - step / steps)
         set_lr([optimizer], lr)
@@ -238,16 +249,15 @@ def train(config: Config) -> Path:
             order = torch.randperm(len(prompts), generator=generator(config.seed, PROMPTS, number))
             order = order.repeat(config.round_prompts // len(prompts) + 1)[:config.round_prompts]
             rows = order.repeat_interleave(config.samples).tolist()  # numbers of prompts
-            with autocast(config.dtype):
-                samples = generate(policy, [[best] + prompt_ids[i] for i in rows],
-                                   ref.config.block_size, tokenizer.eos, tokenizer.pad,
+            with behind_the_best(policy), autocast(config.dtype):
+                samples = generate(policy, [prompt_ids[i] for i in rows], ref.config.block_size,
+                                   tokenizer.eos, tokenizer.pad,
                                    generator(config.seed, ROLLOUT, number))
-            samples.tokens[:, 0] = tokenizer.bos  # a reward model knows no control tokens
             responses = [tokenizer.decode(ids) for ids in samples.response_ids()]
             scores = start.reward([prompts[i] for i in rows], responses, samples)
             memory.write(number * rows_of_round, samples, scores)
             quantiles = quantiles_of(memory.scores[:written].cpu(), config.quantiles)
-            memory.tokens[:written, 0] = controls[quantiles].to(memory.tokens)
+            memory.tokens[:written, 0] = (V + quantiles).to(memory.tokens)
             run.log(step=step, round=number, scores=scores.mean().item(),
                     distinct=len(set(responses)) / len(rows))
         if step % steps_of_round == 0 or step == run.step:
@@ -284,7 +294,7 @@ def train(config: Config) -> Path:
         run.checkpoint(step + 1)
 
     # ---- 4) behind the best token it is a policy like any other ----------------------------------
-    policy.wte.weight.data[tokenizer.bos] = policy.wte.weight[best].detach().clone()
+    policy = without_controls(policy)
     if config.evaluate_every:
         evaluate.log_evaluation(run, steps, policy, start)
 
@@ -304,19 +314,16 @@ def train(config: Config) -> Path:
     return run.folder
 
 
-def memory_of_pairs(config: Config, start: pipeline.Start, controls: torch.Tensor) -> Memory:
-    """The responses of the pairs, each behind "liked" or "disliked"; sampled here, or the user's.
-
-    Args:
-        controls: (2,) the tokens for disliked and liked.
-    """
+def memory_of_pairs(config: Config, start: pipeline.Start) -> Memory:
+    """The responses of the pairs, each behind "liked" or "disliked"; sampled here, or the user's."""
     labels = tasks.load(config.dataset).labels
     path = tasks.own_pairs(config.dataset) or pipeline.sampled_pairs(start, labels, config.prompts,
                                                                      config.pairs_seed)
     pipeline.use_pairs(start, read_pairs(path), Path(path))
     pairs = pair_tensors(start.pairs, start.tokenizer.pad)  # (2, N, ...): chosen, rejected
     tokens = pairs.tokens.clone()
-    tokens[0, :, 0], tokens[1, :, 0] = controls[1], controls[0]
+    tokens[0, :, 0] = start.ref.config.vocab_size + 1  # liked
+    tokens[1, :, 0] = start.ref.config.vocab_size  # disliked
     N = pairs.lengths.numel()
     memory = Memory(N, tokens.shape[2])
     memory.write(0, Samples(tokens.flatten(0, 1), pairs.prompt_lengths.flatten(),

@@ -1,4 +1,5 @@
 """conditioning.py: where it ends, by enumeration; Quark's loss by its slow definition; and that the script goes there."""
+import copy
 import itertools
 import json
 import math
@@ -11,8 +12,9 @@ import conditioning
 import data.reviews
 import evaluate
 from common.run import load_run
-from common.tokenizer import Tokenizer, train_bpe
-from conditioning import begun_with, control_tokens, preferred_weights, quantiles_of, quark_losses
+from common.tokenizer import Tokenizer
+from conditioning import (ControlledEmbedding, behind_the_best, preferred_weights, quantiles_of, quark_losses,
+                          without_controls)
 from conftest import log_of, naive_logprobs, smaller, tiny_gpt
 from toy import PROBS, REWARD, best_of_n
 
@@ -91,35 +93,44 @@ def test_quantiles_by_hand():
     assert torch.bincount(quantiles_of(torch.zeros(10), 5)).tolist() == [2] * 5
 
 
-def test_no_text_has_a_control_token():
-    tokenizer = train_bpe(["the film was good"] * 3, 270)
-    controls = control_tokens(tokenizer, 8)
-    every = "".join(chr(point) for point in range(0x110000) if not 0xD800 <= point < 0xE000)  # all of Unicode
-    assert len(set(controls)) == 8 and not set(controls) & set(tokenizer.encode(every))
-    assert not set(controls) & {tokenizer.pad, tokenizer.bos, tokenizer.eos}
+def controlled(model, K=2, bos=1, seed=5):
+    """A copy of the model with K control tokens, of vectors far from 0."""
+    model = copy.deepcopy(model)
+    model.wte = ControlledEmbedding(model.wte, bos, K)
+    model.wte.controls.data = torch.randn(K, 8, generator=torch.Generator().manual_seed(seed))
+    return model
 
 
-def test_a_vocabulary_with_one_special_token_is_refused():
-    """Of GPT-2 <bos> is <eos>: in its place a control token would become the end of every response."""
-    with pytest.raises(SystemExit, match="<bos> is not <eos>"):
-        control_tokens(Tokenizer({bytes([b]): b for b in range(256)}, (256, 256, 256)), 2)
+def test_a_control_token_is_bos_and_a_vector():
+    """0 at first: the reference; and no response can contain one, as the head has as many outputs as before."""
+    plain, V = tiny_gpt(), 11
+    model = controlled(plain)
+    for number in (0, 1):
+        hidden = copy.deepcopy(plain)
+        hidden.wpe.weight.data[0] += model.wte.controls.data[number]
+        torch.testing.assert_close(model(torch.tensor([[V + number, 5, 6]])), hidden(torch.tensor([[1, 5, 6]])))
+    assert model(torch.tensor([[V, 5]])).shape == (1, 2, V)
+    model.wte.controls.data.zero_()
+    torch.testing.assert_close(model(torch.tensor([[V, 5, 6]])), plain(torch.tensor([[1, 5, 6]])))
 
 
-def test_behind_a_control_token():
-    """Inside, <bos> is the control token to all who read it; outside, nothing has changed."""
-    model, token, bos = tiny_gpt(), 3, 1
-    before = model.wte.weight.clone()
-    wanted = model.hidden(torch.tensor([[token, 5, 6]]))
-    with begun_with(model, token, bos):
-        torch.testing.assert_close(model.hidden(torch.tensor([[bos, 5, 6]])), wanted)
-    assert torch.equal(model.wte.weight, before)
+def test_behind_the_best():
+    """Inside, <bos> is the last control token to all who read it; outside, nothing has changed. What is kept stays so."""
+    model, V = controlled(tiny_gpt()), 11
+    wanted, before = model(torch.tensor([[V + 1, 5, 6]])), model(torch.tensor([[1, 5, 6]]))
+    with behind_the_best(model):
+        torch.testing.assert_close(model(torch.tensor([[1, 5, 6]])), wanted)
+    assert torch.equal(model(torch.tensor([[1, 5, 6]])), before)
+    kept = without_controls(model)
+    torch.testing.assert_close(kept(torch.tensor([[1, 5, 6]])), wanted)
+    assert kept.state_dict().keys() == tiny_gpt().state_dict().keys()
 
 
 def test_quarks_loss_by_its_definition():
     """Token by token: -log pi of what was written, and kappa sum_v pi_ref(v) log pi_ref(v) / pi(v), on unpadded rows."""
-    policy, ref, bos, kappa = tiny_gpt(seed=1), tiny_gpt(seed=2), 1, 0.3
-    rows = [([9, 4], [5, 6, 2]), ([8, 4, 3], [7, 2])]
-    tokens = torch.tensor([[9, 4, 5, 6, 2], [8, 4, 3, 7, 2]])
+    policy, ref, bos, kappa = controlled(tiny_gpt(seed=1)), tiny_gpt(seed=2), 1, 0.3
+    rows = [([11, 4], [5, 6, 2]), ([12, 4, 3], [7, 2])]
+    tokens = torch.tensor([[11, 4, 5, 6, 2], [12, 4, 3, 7, 2]])
     losses, kl = quark_losses(policy, ref, tokens, torch.tensor([2, 3]), torch.tensor([5, 5]), bos, kappa)
     for i, (prompt, response) in enumerate(rows):
         wanted = 0.0
@@ -134,11 +145,10 @@ def test_quarks_loss_by_its_definition():
 
 
 def test_at_the_start_quark_is_the_reference():
-    """Control tokens that are copies of <bos>: no KL, and with kappa its gradient is that of next-token prediction alone."""
-    policy, ref, bos = tiny_gpt(), tiny_gpt(), 1
-    for model in (policy, ref):
-        model.wte.weight.data[9] = model.wte.weight.data[bos]
-    inputs = torch.tensor([[9, 4, 5, 6, 2]]), torch.tensor([2]), torch.tensor([5])
+    """Control tokens without a vector yet: no KL, and with kappa its gradient is that of next-token prediction alone."""
+    policy, ref, bos = controlled(tiny_gpt()), tiny_gpt(), 1
+    policy.wte.controls.data.zero_()
+    inputs = torch.tensor([[12, 4, 5, 6, 2]]), torch.tensor([2]), torch.tensor([5])
     gradients = []
     for kappa in (0.0, 5.0):
         losses, kl = quark_losses(policy, ref, *inputs, bos, kappa)
@@ -173,15 +183,13 @@ def test_quark_with_one_quantile_learns_what_it_wrote(small_run, toy):
     assert abs(gain[1]) < 0.1 and gain[5] > 0.15
 
 
-def test_what_is_kept_needs_no_control_token(small_run, toy, monkeypatch):
-    """<bos> has taken the best one's place: the finished policy prefers, from <bos> on, what was liked."""
+def test_what_is_kept_prefers_what_was_liked(small_run, toy, monkeypatch):
+    """From <bos> on, without a control token."""
     pairs = toy[1] / "pairs.jsonl"
     monkeypatch.setattr(conditioning.pipeline, "sampled_pairs", lambda *args: pairs)
-    log, folder = small_run("--epochs 30 --lr 1e-2 --sft runs/sft --batch-size 20")
+    _, folder = small_run("--epochs 30 --lr 1e-2 --sft runs/sft --batch-size 20")
     policy, ref = load_run(folder)[0], load_run(toy[1] / "runs/sft")[0]
     tokenizer = Tokenizer.load(folder / "tokenizer.tiktoken")
-    liked = torch.equal(policy.wte.weight[tokenizer.bos], policy.wte.weight[control_tokens(tokenizer, 2)[1]])
-    assert liked and not torch.equal(policy.wte.weight[tokenizer.bos], policy.wte.weight[control_tokens(tokenizer, 2)[0]])
     wins = {}
     for row in map(json.loads, pairs.read_text().splitlines()):
         wins.setdefault(row["chosen"], 0)
