@@ -52,6 +52,7 @@ from common.figures import figure
 from common.files import check_writable, write_jsonl
 from common.settings import parse, require, require_numbers, run_folder, settings
 from common.statistics import mean_se, values
+from common.track import Road
 
 LABELS = {"bridge": 30_720, "track": 2960}
 MOST_LABELS = {"bridge": 10**6, "track": 10**5}  # what fits into a small machine's memory
@@ -352,52 +353,8 @@ def draw_means(axis, rows: list[dict], over: str, name: str, label: str, **where
 
 # ---- the track -----------------------------------------------------------------------------------
 
-class Track:
-    """A closed road, and cars on it. The action is how fast a car turns, in radians a second.
-
-    A state is (x, y, heading). A view is what the driver sees of it: distance from the middle of
-    the road (left is positive), angle to the road, and how much the road bends at four places
-    ahead.
-    """
-    points = 600  # of the middle line
-    half_width = 1.0
-    speed = 2.0  # lengths a second
-    step = 0.1  # seconds
-    gust = 0.3  # standard deviation of what the wind adds to the steering
-
-    def __init__(self) -> None:
-        angle = np.linspace(0, 2 * np.pi, self.points, endpoint=False)
-        radius = 10 + 2.2 * np.sin(3 * angle) + 1.2 * np.cos(5 * angle + 1)
-        self.centre = np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1)  # (points, 2)
-        ahead = np.roll(self.centre, -1, 0) - self.centre
-        length = np.hypot(*ahead.T)
-        self.heading = np.arctan2(ahead[:, 1], ahead[:, 0])  # (points,) of the road
-
-        # how fast the road turns, in radians a length, as a mean over 11 points
-        bend = self.turn(np.roll(self.heading, -1) - self.heading) / length
-        around = np.concatenate([bend[-5:], bend, bend[:5]])
-        self.bend = np.convolve(around, np.full(11, 1 / 11), "valid")  # (points,)
-        self.lap = round(length.sum() / self.speed / self.step)  # steps
-
-    @staticmethod
-    def turn(angle: np.ndarray) -> np.ndarray:
-        """An angle in [-pi, pi): whole turns do not count."""
-        return (angle + np.pi) % (2 * np.pi) - np.pi
-
-    def see(self, state: np.ndarray) -> np.ndarray:
-        """Views (n, 6) of states (n, 3)."""
-        nearest = ((state[:, None, :2] - self.centre) ** 2).sum(2).argmin(1)  # point of the road
-        road = self.heading[nearest]
-        offset = state[:, :2] - self.centre[nearest]
-        aside = np.cos(road) * offset[:, 1] - np.sin(road) * offset[:, 0]
-        bends = [self.bend[(nearest + k) % self.points] for k in (0, 8, 16, 24)]
-        return np.column_stack([aside, self.turn(state[:, 2] - road), *bends])
-
-    @staticmethod
-    def expert(views: np.ndarray) -> np.ndarray:
-        """Steers with the bend, back to the middle, and along the road; (n, 6) -> (n,)."""
-        aside, angle, bend = views[:, 0], views[:, 1], views[:, 3]
-        return np.clip(2 * bend - 1.5 * np.arctan(1.5 * aside) - 3 * angle, -4, 4)
+class Track(Road):
+    """The road of common/track.py, with learners who drive on it."""
 
     def drive(self, driver: Driver, cars: int, T: int, expert_prob: float,
               rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -405,24 +362,15 @@ class Track:
 
         The cars start in the middle of the road, anywhere along it.
         """
-        start = rng.integers(0, self.points, cars)
-        state = np.column_stack([self.centre[start], self.heading[start]])
+        state = self.start(cars, rng)
         states, views = [], []
         for _ in range(T):
             view = self.see(state)
             states.append(state)
             views.append(view)
             steering = mixture(driver.steer(view), self.expert(view), expert_prob, rng)
-            steering = steering + self.gust * rng.normal(size=cars)
-            heading = state[:, 2] + self.step * steering
-            direction = np.column_stack([np.cos(heading), np.sin(heading)])
-            position = state[:, :2] + self.step * self.speed * direction
-            state = np.column_stack([position, heading])
+            state = self.move(state, steering, rng)
         return np.stack(states, 1), np.stack(views, 1)
-
-    def is_off(self, views: np.ndarray) -> np.ndarray:
-        """Whether the car has left the road, for every view."""
-        return np.abs(views[..., 0]) > self.half_width
 
     def time_off(self, driver: Driver, rng: np.random.Generator) -> float:
         """Share of the steps that a driver is off the road, on 10 laps: for validation."""

@@ -8,8 +8,12 @@ without sampling.
 r(x, y) = beta log pi_theta(y|x)/pi_ref(y|x). If the pairs do come from a Bradley-Terry model with
 reward r*, its optimum is pi_ref(y|x) exp(r*(x, y) / beta) / Z(x), Eq. 4.
 
+Length-regularised DPO (Park et al. 2024) adds alpha (|y_w| - |y_l|) inside the sigmoid. What length
+explains of the labels the policy need not, and the optimum is that of r* - alpha |y|.
+
     python dpo.py --beta 0.1                  # two to three minutes from nothing, then 40 seconds
     python dpo.py --dataset imdb --beta 0.1   # the paper's sentiment task, two hours on 2 cores
+    python dpo.py --length-alpha 0.02         # where labels like long responses; |y| in tokens
     python dpo.py --loss ipo                  # a squared loss, whose margins stay bounded
     python dpo.py --loss unlikelihood         # the paper's baseline, without a reference
     python dpo.py --loss FILE.py:function     # a loss of your own: see docs/your_own.md
@@ -69,6 +73,7 @@ class Config:
     # or FILE.py:function of yours.
     beta: float = 0.1  # Weight of the KL to the reference: small = far from it.
     label_smoothing: float = 0.0  # Chance that a label is wrong (conservative DPO); below 0.5.
+    length_alpha: float = 0.0  # How much the labels like a token more of length, in log-odds.
     alpha: float = 0.5  # Weight of the rejected response in the unlikelihood loss.
 
     # ---- what it learns from
@@ -103,8 +108,8 @@ class Config:
         require_numbers(
             self,
             above_0="beta epochs batch_size lr warmup max_grad_norm",
-            from_0="alpha prompts pairs_seed micro_batch_size seed evaluate_every bank_samples "
-            "checkpoint_every")
+            from_0="alpha length_alpha prompts pairs_seed micro_batch_size seed evaluate_every "
+            "bank_samples checkpoint_every")
         unlikelihood = self.loss == "unlikelihood"
         require(self.loss in LOSSES or ".py:" in self.loss,
                 f"--loss {self.loss!r}: expected {', '.join(LOSSES)} or FILE.py:function")
@@ -112,6 +117,7 @@ class Config:
                 f"--label-smoothing {self.label_smoothing}: must be in [0, 0.5)")
         require(self.loss == "dpo" or not self.label_smoothing,
                 "--label-smoothing: needs --loss dpo")
+        require(self.loss == "dpo" or not self.length_alpha, "--length-alpha: needs --loss dpo")
         require(not unlikelihood or self.beta == Config.beta,
                 "--beta: not with --loss unlikelihood, which has none")
         require(unlikelihood or self.alpha == Config.alpha, "--alpha: needs --loss unlikelihood")
@@ -129,14 +135,20 @@ def dpo_loss(chosen_logprobs: torch.Tensor,
              ref_chosen_logprobs: torch.Tensor,
              ref_rejected_logprobs: torch.Tensor,
              beta: float,
-             label_smoothing: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The DPO loss of each pair, Eq. 7; with label smoothing, conservative DPO (Mitchell 2023).
+             label_smoothing: float = 0.0,
+             length_alpha: float = 0.0,
+             chosen_lengths: torch.Tensor | None = None,
+             rejected_lengths: torch.Tensor | None = None
+             ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The DPO loss of each pair, Eq. 7; with label smoothing, conservative DPO (Mitchell 2023);
+    with a length alpha, length-regularised DPO (Park et al. 2024, Eq. 9).
 
     Args:
         *_logprobs: (B,) log pi(y|x), *summed* over the response's tokens, in nats. A mean would
             divide beta by the length.
         beta: weight of the KL to the reference, > 0.
         label_smoothing: the chance that chosen and rejected are the wrong way round.
+        length_alpha: log-odds of being chosen for a token more; *_lengths are then (B,) tokens.
     Returns:
         losses (B,); chosen_rewards and rejected_rewards (B,), the implicit rewards, without
         gradient.
@@ -149,6 +161,8 @@ def dpo_loss(chosen_logprobs: torch.Tensor,
     chosen_rewards = beta * (chosen_logprobs - ref_chosen_logprobs)
     rejected_rewards = beta * (rejected_logprobs - ref_rejected_logprobs)
     margin = chosen_rewards - rejected_rewards
+    if length_alpha:  # plus: who wins by length needs less reward to win
+        margin = margin + length_alpha * (chosen_lengths - rejected_lengths)
     losses = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
@@ -186,12 +200,13 @@ def losses_of(
     pairs alike.
 
     Args:
-        lengths: (2, B) tokens of the chosen and of the rejected response, for a loss of the user's.
+        lengths: (2, B) tokens of the chosen and of the rejected response.
         own: that loss, if --loss is FILE.py:function.
     """
     logprobs = (chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
     losses, chosen_rewards, rejected_rewards = dpo_loss(*logprobs, config.beta,
-                                                        config.label_smoothing)
+                                                        config.label_smoothing,
+                                                        config.length_alpha, *lengths)
     if config.loss == "ipo":
         losses = ipo_loss(*logprobs, config.beta)
     elif config.loss == "unlikelihood":
@@ -239,6 +254,8 @@ def train(config: Config) -> Path:
     weight = f"beta {config.beta:g}"
     if config.loss == "unlikelihood":
         weight = f"alpha {config.alpha:g}"
+    if config.length_alpha:
+        weight += f", length alpha {config.length_alpha:g}"
     name = f"{LOSSES.get(config.loss, Path(config.loss).name)} {weight}"
     bar = tqdm(range(run.step, steps), f"{name}, {len(train_rows)} pairs", steps, initial=run.step)
     for step in bar:
@@ -251,15 +268,19 @@ def train(config: Config) -> Path:
         metrics = Mean()
         for rows in mine(batch).split(config.micro_batch_size or len(batch)):
             chosen_logprobs, rejected_logprobs = logprobs_of(rows)
+            lengths = response_lengths[:, rows]
             losses, chosen_rewards, rejected_rewards = losses_of(
-                config, chosen_logprobs, rejected_logprobs, *ref_logprobs[:, rows],
-                response_lengths[:, rows], own)
+                config, chosen_logprobs, rejected_logprobs, *ref_logprobs[:, rows], lengths, own)
             # divided by the whole batch, so that micro-batches add up to the gradient of its mean
             (losses.sum() / len(batch)).backward()
             metrics.add(loss=losses, accuracy=half_ties(chosen_rewards, rejected_rewards),
                         chosen_reward=chosen_rewards, rejected_reward=rejected_rewards,
                         margin=chosen_rewards - rejected_rewards,
                         chosen_logprobs=chosen_logprobs, rejected_logprobs=rejected_logprobs)
+            if config.length_alpha:  # the sizes of beta's margin and of alpha's: which one rules?
+                length_margins = config.length_alpha * (lengths[0] - lengths[1])
+                metrics.add(margin_size=(chosen_rewards - rejected_rewards).abs(),
+                            length_margin_size=length_margins.abs())
 
         add_gradients(policy)  # of several processes, each with its share of the rows
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
@@ -297,7 +318,9 @@ def train(config: Config) -> Path:
     end = None if start.own_pairs else end_beta(config)
     report = evaluate.report(run, name, policy, start, end, result)
     curves = {key: evaluate.smoothed(run.rows, key) for key in ("loss", "accuracy")}
-    ln_2 = (0.6931, "ln 2, the loss at the start") if config.loss == "dpo" else None
+    ln_2 = None
+    if config.loss == "dpo" and not config.length_alpha:
+        ln_2 = (0.6931, "ln 2, the loss at the start")
     evaluate.draw_run(run.folder / "figure.png", f"{name} on the pairs", curves, report, ln_2)
     run.finish(policy, start.tokenizer)
     report.show()
@@ -318,10 +341,12 @@ def end_beta(config: Config) -> float | None:
     """The beta of the optimum at which this run must end with endless pairs, if theory says so.
 
     Labels of the Bradley-Terry model with reward s r have their optimum at
-    pi_ref exp(s r / beta) / Z: that of r at beta / s. Labels without noise have none, and label
-    smoothing assumes a noise that these labels do not have.
+    pi_ref exp(s r / beta) / Z: that of r at beta / s. Labels without noise have none, label
+    smoothing assumes a noise that these labels do not have, and with a length alpha it is the
+    optimum of another reward, s r - alpha |y|.
     """
-    if config.loss != "dpo" or config.labels != "bt" or config.label_smoothing:
+    altered = config.label_smoothing or config.length_alpha
+    if config.loss != "dpo" or config.labels != "bt" or altered:
         return None
     return config.beta / tasks.load(config.dataset).label_scale
 

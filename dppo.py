@@ -9,7 +9,8 @@ Transformer), and a policy that is learned from preferences directly, without a 
     L(pi) = -E log sigmoid((lambda d(pi, loser) - d(pi, winner)) / temperature)    (An et al. 2023)
         d(pi, segment) = mean_t |pi(s_t) - a_t| / range: how far pi is from what was done there
 
-    python dppo.py     # episodes of a pendulum, stored for good; a minute on one core
+    python dppo.py                # episodes of a pendulum, stored for good; a minute on one core
+    python dppo.py --task track   # 2) on a winding road
 
 1) Held-out accuracy of the predictors, for three teachers: one adds up what each moment is worth,
    one judges a segment by its best moment, one by an order of events (left before right).
@@ -24,11 +25,13 @@ loser may have lost by where it began, and what it did there may have been right
 
 Differs from the papers: attention to the past is linear, so that what has no weights w_t is a
 logistic regression and is fitted exactly; the preferences of pairs that nobody was asked about come
-from the Markov sum; a policy is 3 tanh(theta . phi(s)), and all pairs are in every step.
+from the Markov sum; a policy is m tanh(theta . phi(s)), with m the largest action, and all
+pairs are in every step. On the track only 2) is run.
 
-Symbols: a segment has T = 20 steps, two seconds; phi(s) (108,), psi(s) (12,) features of a state.
+Symbols: a segment has T = 20 steps, two seconds; phi(s) (108,) and psi(s) (12,), features
+of a state; on the track phi(s) (147,).
 
-Writes  runs/dppo/ : results.jsonl, figure.png
+Writes  runs/dppo/ or runs/dppo-track/ : results.jsonl, figure.png
 """
 from __future__ import annotations
 
@@ -36,15 +39,17 @@ import common  # noqa: F401  first, so that Ctrl-C while numpy is imported is on
 
 from functools import partial
 from pathlib import Path
-from typing import Callable, NamedTuple
+from types import ModuleType
+from typing import Callable, Literal, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from common import fail
+from common import fail, pendulum, track
 from common.figures import figure
 from common.files import check_writable, write_jsonl
-from common.pendulum import STEPS, TORQUES, Grid, bumps, roll_out, true_reward
+from common.grid import Planner
+from common.pendulum import STEPS, bumps, true_reward
 from common.settings import parse, require, require_numbers, run_folder, settings
 from common.statistics import fit_logistic, mean_se, sigmoid, values
 
@@ -52,11 +57,15 @@ SEGMENT = 20  # steps of a segment, two seconds
 EXPLORE = (1.0, 0.6, 0.2)  # share of random steps of the three players who made the episodes
 PRIOR = 1.0  # standard deviation of a weight before any answer
 SPREAD = 3.0  # standard deviation of a teacher's strengths: how consistent the answers are
+WORLDS = {"pendulum": pendulum, "track": track}  # with the same functions
 MODELS = ("Markov sum", "+ history", "+ weights", "+ both")
 
 
 @settings
 class Config:
+    task: Literal["pendulum", "track"] = "pendulum"  # Task: a pendulum to swing up, or a
+    # winding road.
+
     # ---- the data
     episodes: int = 120  # Episodes that are stored; a third each of a good, a fair and a random
     # player.
@@ -82,16 +91,17 @@ class Config:
             require(value <= most, f"--{name} {value}: must be at most {most}")
         require(self.episodes >= 6, f"--episodes {self.episodes}: must be at least 6")
         require(2 <= self.seeds <= 1000, f"--seeds {self.seeds}: must be from 2 to 1000")
-        self.out = self.out or run_folder(self, "dppo")
+        name = "dppo" if self.task == "pendulum" else "dppo-track"
+        self.out = self.out or run_folder(self, name, never=("task",))
 
 
 # ---- stored segments, and teachers ---------------------------------------------------------------
 
-def stored(n: int, grid: Grid, V: np.ndarray, rng: np.random.Generator
+def stored(world: ModuleType, n: int, grid: Planner, V: np.ndarray, rng: np.random.Generator
            ) -> tuple[np.ndarray, np.ndarray]:
-    """States (n, STEPS + 1, 2) and torques (n, STEPS) of episodes, n // 3 of each player. V: values
+    """States (n, STEPS + 1, k) and actions (n, STEPS) of episodes, n // 3 of each player. V: values
     of the best policy."""
-    parts = [roll_out(partial(grid.act, V), n // 3, explore, rng) for explore in EXPLORE]
+    parts = [world.roll_out(partial(grid.act, V), n // 3, explore, rng) for explore in EXPLORE]
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
 
@@ -239,25 +249,26 @@ def adam(gradient: Callable[[np.ndarray], np.ndarray], x: np.ndarray, steps: int
 
 # ---- the policy ----------------------------------------------------------------------------------
 
-def torque(theta: np.ndarray, state: np.ndarray) -> np.ndarray:
-    """The policy: torques (n,) in states (n, 2)."""
-    return TORQUES[-1] * np.tanh(bumps(state) @ theta)
+def act(theta: np.ndarray, world: ModuleType, state: np.ndarray) -> np.ndarray:
+    """The policy: actions (n,) in states (n, k)."""
+    return world.ACTIONS[-1] * np.tanh(world.bumps(state) @ theta)
 
 
-def distances(theta: np.ndarray, phi: np.ndarray, torques: np.ndarray
+def distances(theta: np.ndarray, phi: np.ndarray, actions: np.ndarray, most: float
               ) -> tuple[np.ndarray, np.ndarray]:
-    """d(pi, segment) (n,) in [0, 1], for phi (n, T, 108) and torques (n, T); and what its gradient
-    by theta is made of: the sum over steps of this (n, T) times phi."""
+    """d(pi, segment) (n,) in [0, 1], for phi (n, T, d) and actions (n, T), of which `most` is the
+    largest; and what its gradient by theta is made of: the sum over steps of this (n, T) times
+    phi."""
     bent = np.tanh(phi @ theta)
-    away = TORQUES[-1] * bent - torques
-    size = np.ptp(TORQUES) * phi.shape[1]
-    return np.abs(away).sum(1) / size, np.sign(away) * TORQUES[-1] * (1 - bent**2) / size
+    away = most * bent - actions
+    size = 2 * most * phi.shape[1]
+    return np.abs(away).sum(1) / size, np.sign(away) * most * (1 - bent**2) / size
 
 
-def clone(phi: np.ndarray, torques: np.ndarray, steps: int) -> np.ndarray:
+def clone(phi: np.ndarray, actions: np.ndarray, most: float, steps: int) -> np.ndarray:
     """The policy nearest to segments: it minimises the mean of d."""
     def gradient(theta: np.ndarray) -> np.ndarray:
-        _, by_step = distances(theta, phi, torques)
+        _, by_step = distances(theta, phi, actions, most)
         return np.einsum("nt,ntd->d", by_step, phi) / len(phi)
     return adam(gradient, np.zeros(phi.shape[-1]), steps)
 
@@ -271,11 +282,11 @@ def dppo_loss(d_winner: np.ndarray, d_loser: np.ndarray, lam: float, temperature
     return float(np.logaddexp(0, -logits).mean()), slope, -lam * slope
 
 
-def dppo(phi: np.ndarray, torques: np.ndarray, winners: np.ndarray, losers: np.ndarray, lam: float,
-         temperature: float, steps: int) -> np.ndarray:
+def dppo(phi: np.ndarray, actions: np.ndarray, most: float, winners: np.ndarray,
+         losers: np.ndarray, lam: float, temperature: float, steps: int) -> np.ndarray:
     """The policy that is near to winners (m,) and far from losers (m,), numbers of segments."""
     def gradient(theta: np.ndarray) -> np.ndarray:
-        d, by_step = distances(theta, phi, torques)
+        d, by_step = distances(theta, phi, actions, most)
         _, by_winner, by_loser = dppo_loss(d[winners], d[losers], lam, temperature)
         by_d = np.bincount(winners, by_winner, len(d)) + np.bincount(losers, by_loser, len(d))
         return np.einsum("nt,ntd->d", by_d[:, None] * by_step, phi)
@@ -284,11 +295,11 @@ def dppo(phi: np.ndarray, torques: np.ndarray, winners: np.ndarray, losers: np.n
 
 # ---- the experiment ------------------------------------------------------------------------------
 
-def predictors(config: Config, grid: Grid, V: np.ndarray, seed: int) -> list[dict]:
-    """Held-out accuracy of every model, for every teacher."""
+def predictors(config: Config, grid: Planner, V: np.ndarray, seed: int) -> list[dict]:
+    """Held-out accuracy of every model, for every teacher; on the pendulum."""
     rng = np.random.default_rng([seed, 1])
-    states, _ = stored(config.episodes, grid, V, rng)
-    others, _ = stored(config.episodes, grid, V, rng)  # nobody was asked about these
+    states, _ = stored(pendulum, config.episodes, grid, V, rng)
+    others, _ = stored(pendulum, config.episodes, grid, V, rng)  # nobody was asked about these
     seen, held_out = segments(states[:, :STEPS]), segments(others[:, :STEPS])
     rows = []
     for name, teacher in TEACHERS.items():
@@ -303,67 +314,63 @@ def predictors(config: Config, grid: Grid, V: np.ndarray, seed: int) -> list[dic
     return rows
 
 
-def true_return(policy: Callable[[np.ndarray], np.ndarray], seed: int) -> float:
+def true_return(world: ModuleType, policy: Callable[[np.ndarray], np.ndarray], seed: int) -> float:
     """Mean of 50 episodes."""
-    states, _ = roll_out(policy, 50, 0.0, np.random.default_rng([seed, 4]))
-    return float(true_reward(states[:, :STEPS]).sum(1).mean())
+    states, _ = world.roll_out(policy, 50, 0.0, np.random.default_rng([seed, 4]))
+    return float(world.true_reward(states[:, :STEPS]).sum(1).mean())
 
 
-def policies(config: Config, grid: Grid, V: np.ndarray, seed: int) -> list[dict]:
+def policies(config: Config, grid: Planner, V: np.ndarray, seed: int) -> list[dict]:
     """True return of every way from the stored episodes and the answers to a policy."""
+    world = WORLDS[config.task]
+    most = world.ACTIONS[-1]
     rng = np.random.default_rng([seed, 3])
-    states, torques = stored(config.episodes, grid, V, rng)
+    states, actions = stored(world, config.episodes, grid, V, rng)
     begins = states[:, :STEPS]
+    rewards = world.true_reward(begins)  # (n, STEPS), which only the teacher knows
     rows = []
     for what in ("segments", "episodes"):
         # 1) the teacher answers questions about some of what is stored
-        units = segments(begins) if what == "segments" else begins  # (n, T, 2)
-        done = segments(torques) if what == "segments" else torques  # (n, T)
-        pairs, answers = ask(consistent(adds_up(units)), config.answers, rng)
+        cut = segments if what == "segments" else np.asarray
+        phi, done = world.bumps(cut(begins)), cut(actions)  # (n, T, d), (n, T)
+        pairs, answers = ask(consistent(cut(rewards).sum(1)), config.answers, rng)
         asked = pairs[np.arange(len(pairs)), np.where(answers == 1, 0, 1)]  # the preferred ones
 
-        # 2) a predictor answers all others
-        predictor = fit("Markov sum", units, pairs, answers)
-        f = predictor.score(units)
-        first, second = rng.integers(0, len(units), (2, config.pairs))
+        # 2) a reward, the Markov sum; it answers all other questions
+        Phi = phi.sum(1)
+        w = fit_logistic(Phi[pairs[:, 0]] - Phi[pairs[:, 1]], answers, PRIOR)
+        f = Phi @ w
+        first, second = rng.integers(0, len(f), (2, config.pairs))
         winners, losers = (np.where(f[first] > f[second], *two) for two in
                            ((first, second), (second, first)))
 
         # 3) policies, from nothing but what is stored
-        phi = bumps(units)
-        learned = {"cloning of all": clone(phi, done, config.steps),
-                   "cloning of asked winners": clone(phi[asked], done[asked], config.steps)}
+        learned = {"cloning of all": clone(phi, done, most, config.steps),
+                   "cloning of asked winners": clone(phi[asked], done[asked], most, config.steps)}
         for lam in (0.0, 0.5, 1.0):
-            learned[f"DPPO, lambda {lam:g}"] = dppo(phi, done, winners, losers, lam,
+            learned[f"DPPO, lambda {lam:g}"] = dppo(phi, done, most, winners, losers, lam,
                                                     config.temperature, config.steps)
-        ways = {name: partial(torque, theta) for name, theta in learned.items()}
+        ways = {name: partial(act, theta, world) for name, theta in learned.items()}
 
-        # 4) a reward, and a plan: from the stored steps, or with the physics known
-        numbers = np.searchsorted(TORQUES, torques.ravel())
-        reward = bumps(begins.reshape(-1, 2)) @ predictor.a
-        Q = grid.plan_from(begins.reshape(-1, 2), numbers, reward, states[:, 1:].reshape(-1, 2))
+        # 4) a plan for the reward: from the stored steps, or with the physics known
+        places = begins.reshape(-1, begins.shape[-1])
+        ends = states[:, 1:].reshape(places.shape)
+        numbers = np.searchsorted(world.ACTIONS, actions.ravel())
+        Q = grid.plan_from(places, numbers, world.bumps(places) @ w, ends)
         ways["reward, plan from the stored steps"] = partial(grid.act_on, Q)
-        learned_V = grid.plan(bumps(grid.states) @ predictor.a)
+        learned_V = grid.plan(world.bumps(grid.states) @ w)
         ways["reward, plan with the physics"] = partial(grid.act, learned_V)
         for name, policy in ways.items():
             rows.append({"experiment": "policy", "pairs": what, "way": name, "seed": seed,
-                         "return": true_return(policy, seed)})
+                         "return": true_return(world, policy, seed)})
     rows.append({"experiment": "policy", "pairs": "none", "way": "the stored episodes",
-                 "seed": seed, "return": float(adds_up(begins).mean())})
+                 "seed": seed, "return": float(rewards.sum(1).mean())})
     return rows
 
 
 def print_tables(rows: list[dict], config: Config) -> None:
-    print(f"\n1) right about the order of held-out pairs, %, after {config.judged} answers; "
-          f"mean of {config.seeds} seeds\n")
-    print(f"{'teacher':14}" + "".join(f"{model:>16}" for model in MODELS))
-    for teacher in TEACHERS:
-        line = f"{teacher:14}"
-        for model in MODELS:
-            right = values(rows, "accuracy", teacher=teacher, model=model)
-            mean, error = mean_se(100 * np.array(right))
-            line += f"{mean:10.1f} ± {error:3.1f}"
-        print(line)
+    if config.task == "pendulum":
+        print_accuracy(rows, config)
     mean, _ = mean_se(values(rows, "return", way="the stored episodes"))
     print(f"\n2) true return after {config.answers} answers about pairs of ...; the stored "
           f"episodes have {mean:.1f}\n")
@@ -376,6 +383,19 @@ def print_tables(rows: list[dict], config: Config) -> None:
         print(line)
 
 
+def print_accuracy(rows: list[dict], config: Config) -> None:
+    print(f"\n1) right about the order of held-out pairs, %, after {config.judged} answers; "
+          f"mean of {config.seeds} seeds\n")
+    print(f"{'teacher':14}" + "".join(f"{model:>16}" for model in MODELS))
+    for teacher in TEACHERS:
+        line = f"{teacher:14}"
+        for model in MODELS:
+            right = values(rows, "accuracy", teacher=teacher, model=model)
+            mean, error = mean_se(100 * np.array(right))
+            line += f"{mean:10.1f} ± {error:3.1f}"
+        print(line)
+
+
 def ways_of(rows: list[dict]) -> list[str]:
     """The ways to a policy, in order."""
     return list(dict.fromkeys(values(rows, "way", experiment="policy", pairs="segments")))
@@ -383,21 +403,26 @@ def ways_of(rows: list[dict]) -> list[str]:
 
 def draw(rows: list[dict], path: Path) -> None:
     """Accuracy of every model for every teacher; return of every way to a policy."""
-    with figure(path, 2, width=6, height=4) as (_, (left, right)):
-        bars(left, list(TEACHERS), MODELS, [[values(rows, "accuracy", teacher=teacher, model=model)
-                                             for teacher in TEACHERS] for model in MODELS])
-        left.set(ylabel="right about held-out pairs", ylim=(0.5, 1), title="who sees what counts?")
-        ways = ways_of(rows)
-        kinds = ("segments", "episodes")
-        bars(right, ways, kinds, [[values(rows, "return", way=way, pairs=what) for way in ways]
-                                  for what in kinds])
-        right.axhline(np.mean(values(rows, "return", way="the stored episodes")), color="black",
-                      linestyle=":", label="the stored episodes")
-        right.set(ylabel="true return", title="pairs that begin anywhere, or alike")
-        right.tick_params(axis="x", labelrotation=25)
-        for label in right.get_xticklabels():
+    kinds = ("segments", "episodes")
+    accuracies = values(rows, "accuracy")  # none of the track
+    with figure(path, 2 if accuracies else 1, width=6, height=4) as (_, axes):
+        axes = np.atleast_1d(axes)
+        if accuracies:
+            bars(axes[0], list(TEACHERS), MODELS,
+                 [[values(rows, "accuracy", teacher=teacher, model=model) for teacher in TEACHERS]
+                  for model in MODELS])
+            axes[0].set(ylabel="right about held-out pairs", ylim=(0.5, 1),
+                        title="who sees what counts?")
+        last, ways = axes[-1], ways_of(rows)
+        bars(last, ways, kinds, [[values(rows, "return", way=way, pairs=what) for way in ways]
+                                 for what in kinds])
+        last.axhline(np.mean(values(rows, "return", way="the stored episodes")), color="black",
+                     linestyle=":", label="the stored episodes")
+        last.set(ylabel="true return", title="pairs that begin anywhere, or alike")
+        last.tick_params(axis="x", labelrotation=25)
+        for label in last.get_xticklabels():
             label.set(ha="right", fontsize=8)
-        for axis in (left, right):
+        for axis in axes:
             axis.legend(fontsize=8)
 
 
@@ -412,14 +437,16 @@ def bars(axis, groups: list[str], names: tuple[str, ...], table: list[list[list[
 
 
 def main(config: Config) -> None:
-    """Run both experiments, write rows and figure, and print the tables."""
+    """Run the experiments, write rows and figure, and print the tables."""
     folder = Path(config.out)
     check_writable(folder)
-    grid = Grid(41)
-    V = grid.plan(true_reward(grid.states))
+    world = WORLDS[config.task]
+    grid = world.Grid(41)
+    V = grid.plan(world.true_reward(grid.states))
     rows = []
     for seed in tqdm(range(config.seed, config.seed + config.seeds), "seeds"):
-        rows += predictors(config, grid, V, seed)
+        if config.task == "pendulum":
+            rows += predictors(config, grid, V, seed)
         rows += policies(config, grid, V, seed)
     write_jsonl(folder / "results.jsonl", rows)
     draw(rows, folder / "figure.png")

@@ -18,6 +18,8 @@
     interleaving.py one list made of two rankings, and what clicks on it say
     tetris.py       the board of tamer.py, its features, logs of people
     pendulum.py     what preference_rl.py, pebble.py and dppo.py learn to swing up
+    grid.py         two ways to plan in a world of few numbers, and episodes in it
+    track.py        the road of dagger.py and dppo.py
     files.py        files that are written whole or not at all
     statistics.py, figures.py
 

@@ -26,6 +26,9 @@ opponent (Stiennon et al. 2020, appendix F). It is read at equal lengths off a l
 
     logit P(win) = a_policy,temperature + b log(words / words of the opponent)
 
+experiments/judgements.py does the same with judgements of yours, and says how it differs from what
+AlpacaEval 2 does.
+
 Standard errors are those over prompts and over seeds (of training and of sampling), in quadrature.
 
 Reads   the SFT policy, pairs, reward model, and a run of each method for each seed. What is missing
@@ -195,7 +198,8 @@ def best_of_n(scores: torch.Tensor, values: torch.Tensor, n: int) -> torch.Tenso
     return (weights * values.gather(1, order)).sum(1)
 
 
-def length_controlled(win: torch.Tensor, log_ratio: torch.Tensor) -> torch.Tensor:
+def length_controlled(win: torch.Tensor, log_ratio: torch.Tensor,
+                      judged: torch.Tensor | None = None) -> torch.Tensor:
     """The win rate that each policy would have with texts as long as the opponents', (K,).
 
     logit P(win) = a_k + b log_ratio, one b for all policies, by maximum likelihood; read at
@@ -205,20 +209,25 @@ def length_controlled(win: torch.Tensor, log_ratio: torch.Tensor) -> torch.Tenso
     Args:
         win: (K, M) wins of K policies on M prompts, 0 to 1.
         log_ratio: (K, M) log(words / words of the opponent).
+        judged: (K, M) False where there is no judgement; None: all are there.
     """
     K = len(win)
     y = torch.cat([win.double(), torch.full((K, 1), 0.5)], 1).numpy()  # (K, M + 1)
     x = torch.cat([log_ratio.double(), torch.zeros(K, 1)], 1).numpy()
     x = x / max(np.abs(x).max(), 1e-9)  # its scale changes b, and nothing else
+    counts = np.ones(y.shape)
+    if judged is not None:
+        counts[:, :-1] = judged.numpy()
 
     def neg_log_likelihood(parameters: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
         """Its value, gradient and Hessian at (a_1, ..., a_K, b)."""
         a, b = parameters[:K], parameters[K]
         logit = a[:, None] + b * x
         p = np.exp(-np.logaddexp(0, -logit))  # sigmoid(logit)
-        value = (np.logaddexp(0, logit) - y * logit).sum() + PENALTY * b * b / 2
-        gradient = np.append((p - y).sum(1), ((p - y) * x).sum() + PENALTY * b)
-        variance = p * (1 - p)
+        value = (counts * (np.logaddexp(0, logit) - y * logit)).sum() + PENALTY * b * b / 2
+        error = counts * (p - y)
+        gradient = np.append(error.sum(1), (error * x).sum() + PENALTY * b)
+        variance = counts * p * (1 - p)
         hessian = np.diag(np.append(variance.sum(1), (variance * x * x).sum() + PENALTY))
         hessian[K, :K] = hessian[:K, K] = (variance * x).sum(1)
         return value, gradient, hessian

@@ -44,7 +44,8 @@ CONFIGS = {**ALGORITHMS, "classifier": classifier, "bt": bt, "preference_rl": pr
 for name in ("vargrad", "expert_iteration", "conditioning", "derive", "dueling", "irl", "tamer", "pebble", "dppo", "label",
              "experiments/quiz", "experiments/distill", "experiments/ablation",
              "experiments/ceiling", "experiments/bench", "experiments/memory", "experiments/clicks", "experiments/ledger",
-             "experiments/scores", "experiments/effort"):
+             "experiments/scores", "experiments/effort", "experiments/length", "experiments/judgements",
+             "experiments/overoptimization"):
     CONFIGS[name] = importlib.import_module(name.replace("/", "."))
 SOURCES = [path for pattern in ("*.py", "common/*.py", "experiments/*.py", "data/*.py", "data/*/*.py")
            for path in clone.ROOT.glob(pattern)]
@@ -670,7 +671,8 @@ def test_the_scripts_can_prepare_every_dataset(prepare):
                                     "experiments/distill", "experiments/bench", "experiments/memory", "experiments/frontier",
                                     "experiments/winrate", "experiments/scaling", "experiments/agreement",
                                     "experiments/samples", "experiments/ablation", "experiments/clicks", "experiments/ledger",
-                                    "experiments/scores", "experiments/effort", "data/reviews/prepare",
+                                    "experiments/scores", "experiments/effort", "experiments/length",
+                                    "experiments/judgements", "experiments/overoptimization", "data/reviews/prepare",
                                     "data/imdb/prepare", "data/tldr/prepare"])
 def test_help_of_every_script_exits_0_and_does_nothing(script, root, tmp_path, monkeypatch, capsys):
     """Asking what a script does must not do it."""

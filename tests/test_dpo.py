@@ -23,6 +23,7 @@ from derive import (all_pairs, log_partition, minimise, objective, optimum, poli
                     reward_by_bradley_terry)
 from dpo import dpo_loss, ipo_loss, unlikelihood_loss
 from common.run import load_run
+from common.settings import parse
 from model import response_logprobs, summed_logprobs
 from ppo import compute_gae, compute_rewards, policy_loss
 
@@ -108,6 +109,22 @@ def test_ipo_by_hand_and_its_gradient(beta):
     assert torch.autograd.grad(dpo_loss(h, zero, zero, zero, beta)[0].sum(), h)[0].sign().tolist() == [-1, -1, -1]
 
 
+def test_length_alpha_by_hand_and_its_gradient():
+    """beta = 2: margin 3 as above; 0.5 (7 - 5) is one more, so the loss is log(1 + e^-4): a longer winner needs less reward.
+    The rewards that come back are beta's alone. The weight of a pair is sigmoid of minus both margins."""
+    pair = [torch.tensor([x], dtype=torch.double) for x in (-3.0, -5.0, -4.0, -4.5)]
+    lengths = dict(chosen_lengths=torch.tensor([7]), rejected_lengths=torch.tensor([5]))
+    loss, chosen, rejected = dpo_loss(*pair, beta=2.0, length_alpha=0.5, **lengths)
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-4))) and (chosen.item(), rejected.item()) == (2, -1)
+    logprobs, tokens = random_logprobs(), torch.randint(1, 60, (2, 50), generator=torch.Generator().manual_seed(1))
+    losses, r_w, r_l = dpo_loss(*logprobs, 0.1, 0.0, 0.02, *tokens)
+    found = torch.autograd.grad(losses.sum(), logprobs[:2])
+    weight = 0.1 / (1 + torch.exp(r_w - r_l + 0.02 * (tokens[0] - tokens[1])))
+    torch.testing.assert_close(found, (-weight, weight), rtol=1e-12, atol=1e-300)
+    with_lengths, without = dpo_loss(*logprobs, 0.1, 0.0, 0.0, *tokens), dpo_loss(*logprobs, 0.1)
+    assert all(torch.equal(a, b) for a, b in zip(with_lengths, without))  # alpha 0 is DPO, bit by bit
+
+
 # ---- where it ends: everything enumerated ----------------------------------------------------------------------------
 
 PROMPTS, RESPONSES = 2, 6
@@ -157,6 +174,25 @@ def test_all_roads_lead_to_the_same_policy(world, beta):
         # Eq. 5: there the implicit reward is the true one, but for a constant a prompt
         implicit = beta * (logprobs - ref)
         torch.testing.assert_close(implicit - implicit[:, :1], r - r[:, :1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.1])
+@pytest.mark.parametrize("beta", BETAS)
+def test_length_alpha_ends_at_the_optimum_of_the_reward_less_alpha_a_token(world, beta, alpha):
+    """pi_ref exp((r - alpha |y|) / beta) / Z. And where the labels follow r + alpha |y|, at pi_ref exp(r / beta) / Z: what
+    the judge likes of length is taken out."""
+    ref, r, _ = world
+    tokens = torch.tensor([1.0, 2, 2, 5, 9, 4], dtype=torch.double).expand_as(r)
+    A, B = all_pairs(RESPONSES)
+    for labels_follow, expected in ((r, optimum(ref, r - alpha * tokens, beta)), (r + alpha * tokens, optimum(ref, r, beta))):
+        wins = preference(labels_follow)
+
+        def loss(logits):
+            logprobs = logits.log_softmax(-1)
+            losses, *_ = dpo_loss(logprobs[:, A], logprobs[:, B], ref[:, A], ref[:, B], beta, 0.0, alpha,
+                                  tokens[:, A], tokens[:, B])
+            return (wins * losses).mean()
+        torch.testing.assert_close(minimise(loss, ref).softmax(1), expected.exp(), rtol=0, atol=1e-6)
 
 
 def policy_by_ipo(ref, wins, beta):
@@ -402,6 +438,37 @@ def test_unlikelihood_has_no_reference_and_no_beta(small_run, sft_run, tmp_path,
     found += [end(loss="unlikelihood", **noisy), end(**noisy)]
     assert [f[0] == plain for f in found] == [False, False, True, False] and found[1][0] != found[3][0]
     assert found[2][1] != margin
+
+
+def test_length_alpha_in_training(small_run, pairs_file):
+    """At the first step beta's margins are 0 and the loss is that of alpha's alone; the log has the sizes of both. Held-out
+    pairs have the same loss. Without alpha the log has neither, and the theory's limit is the plain one."""
+    rows, folder = small_run(length_alpha=0.3, batch_size=76, lr=1e-12)
+    pairs = [json.loads(line) for line in pairs_file.read_text().splitlines()]
+    tokenizer = Tokenizer.load(pipeline.sft_policy(json.loads((folder / "config.json").read_text())["sft"], "reviews", "cpu")
+                               / "tokenizer.tiktoken")
+    length = torch.tensor([[len(tokenizer.encode(pair[name])) for name in ("chosen", "rejected")] for pair in pairs])
+    margins = 0.3 * (length[:, 0] - length[:, 1])
+    train, held = split(encode_pairs(read_pairs(pairs_file), tokenizer, 96, pairs_file), draw=True)
+    assert rows[0]["margin_size"] == pytest.approx(0, abs=1e-5)
+    assert rows[0]["length_margin_size"] == pytest.approx(margins[train].abs().mean().item(), rel=1e-5)
+    for row, name, some in ((rows[0], "loss", train), (rows[-1], "held_out_loss", held)):
+        assert row[name] == pytest.approx(-torch.nn.functional.logsigmoid(margins[some]).mean().item(), rel=1e-4)
+    assert "DPO beta 0.1, length alpha 0.3" in json.loads((folder / "evaluation.json").read_text())["table"]
+    assert not {"margin_size", "length_margin_size"} & {*small_run()[0][0]}
+    assert dpo.end_beta(dpo.Config()) == 0.1 / 5 and dpo.end_beta(dpo.Config(length_alpha=0.01)) is None
+    assert dpo.Config(length_alpha=0.01).out.endswith("dpo-beta0.1-seed0-lengthalpha0.01")
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--length-alpha", "-0.1"], "--length-alpha -0.1: must be >= 0"),
+    (["--length-alpha", "nan"], "--length-alpha nan: must be >= 0"),
+    (["--length-alpha", "0.1", "--loss", "ipo"], "--length-alpha: needs --loss dpo"),
+    (["--length-alpha", "0.1", "--loss", "unlikelihood"], "--length-alpha: needs --loss dpo")])
+def test_a_length_alpha_that_means_nothing_is_refused(flags, says):
+    with pytest.raises(SystemExit) as stop:
+        parse(dpo.Config, "", flags)
+    assert says in str(stop.value)
 
 
 def test_before_training_the_accuracy_is_a_half(small_run):

@@ -9,6 +9,7 @@ import pytest
 
 import dppo
 import preference_rl as prl
+from common import pendulum, track
 from common.pendulum import STEPS, TORQUES, Grid, bumps, roll_out, true_reward
 from common.settings import parse
 
@@ -125,8 +126,8 @@ def test_only_the_history_sees_an_order_and_it_costs_little_where_there_is_none(
     grid = Grid(41)
     V = grid.plan(true_reward(grid.states))
     rng = np.random.default_rng(5)
-    states = dppo.segments(dppo.stored(90, grid, V, rng)[0][:, :STEPS])
-    held_out = dppo.segments(dppo.stored(90, grid, V, rng)[0][:, :STEPS])
+    states = dppo.segments(dppo.stored(pendulum, 90, grid, V, rng)[0][:, :STEPS])
+    held_out = dppo.segments(dppo.stored(pendulum, 90, grid, V, rng)[0][:, :STEPS])
     gains = []
     for teacher in (dppo.adds_up, dppo.left_first):
         pairs, answers = dppo.ask(dppo.consistent(teacher(states)), 400, rng)
@@ -143,17 +144,17 @@ def test_distances_and_their_gradient(rng):
     states = some(rng, 6)[0]
     phi, torques = bumps(states), rng.choice(TORQUES, states.shape[:2])
     theta = rng.normal(size=108)
-    d, by_step = dppo.distances(theta, phi, torques)
+    d, by_step = dppo.distances(theta, phi, torques, 3.0)
     for i in range(6):
         by_hand = [abs(3 * math.tanh(phi[i, t] @ theta) - torques[i, t])
                    for t in range(len(phi[i]))]
         assert d[i] == pytest.approx(np.mean(by_hand) / 6)
     way = rng.normal(size=108)
-    ahead, behind = (dppo.distances(theta + e * way, phi, torques)[0] for e in (1e-6, -1e-6))
+    ahead, behind = (dppo.distances(theta + e * way, phi, torques, 3.0)[0] for e in (1e-6, -1e-6))
     slope = np.einsum("nt,ntd,d->n", by_step, phi, way)
     assert np.allclose((ahead - behind) / 2e-6, slope, atol=1e-6)
     own = 3 * np.tanh(phi @ theta)  # a policy is at no distance from itself
-    assert not dppo.distances(theta, phi, own)[0].any()
+    assert not dppo.distances(theta, phi, own, 3.0)[0].any()
 
 
 def test_the_loss_is_the_papers_and_with_lambda_0_losers_do_not_count(rng):
@@ -178,9 +179,9 @@ def test_with_lambda_0_and_a_high_temperature_it_is_cloning_of_the_winners(rng):
     winners, losers = np.array([0, 1, 2, 0]), np.array([4, 5, 6, 7])
     _, by_winner, by_loser = dppo.dppo_loss(rng.random(4), rng.random(4), 0.0, 1e4)
     assert np.allclose(by_winner * 2 * 1e4 * 4, 1, atol=1e-3) and not by_loser.any()
-    direct = dppo.dppo(phi, torques, winners, losers, 0.0, 10.0, 60)
-    copied = dppo.clone(phi[winners], torques[winners], 60)
-    away = [dppo.distances(theta, phi, torques)[0] for theta in (direct, copied)]
+    direct = dppo.dppo(phi, torques, 3.0, winners, losers, 0.0, 10.0, 60)
+    copied = dppo.clone(phi[winners], torques[winners], 3.0, 60)
+    away = [dppo.distances(theta, phi, torques, 3.0)[0] for theta in (direct, copied)]
     assert away[0][winners].mean() == pytest.approx(away[1][winners].mean(), rel=0.01)
     assert away[0][winners].mean() < 0.9 * away[0][losers].mean()
 

@@ -17,6 +17,7 @@ import statistics
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import dppo
@@ -24,7 +25,7 @@ import evaluate
 import pebble
 import tamer as tamer_script
 from common.statistics import mean_se
-from experiments import ablation, ceiling, effort, frontier, scaling, scores, winrate
+from experiments import ablation, ceiling, effort, frontier, length, overoptimization as over, scaling, scores, winrate
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -650,6 +651,7 @@ def preference_rl():
     yield f"more than 95% certain in {sure[0]:.0%}, of those to questions chosen for information in {sure[1]:.0%}"
     yield from preference_rl_online()
     yield from preference_rl_stored()
+    yield from preference_rl_track()
 
 
 def preference_rl_online():
@@ -716,6 +718,26 @@ def preference_rl_stored():
     assert mean_se(gain)[0] > 2 * mean_se(gain)[1]
     assert errors(returns("DPPO, lambda 0.5", "episodes"), returns("DPPO, lambda 0", "episodes")) > 2
     yield f"DPPO (λ = 0.5) is above cloning of the winners by {pm(gain, '.1f')}"
+
+
+def preference_rl_track():
+    path = "preference-rl/dppo-track/results.jsonl"
+
+    def returns(way, pairs):
+        return column(rows(path, experiment="policy", way=way, pairs=pairs), "return")
+
+    for way in dppo.ways_of(read(path)):
+        assert len(returns(way, "segments")) == 10
+        yield cells(way, [pm(returns(way, pairs), ".1f") for pairs in ("segments", "episodes")])
+    yield f"the stored episodes have {pm(returns('the stored episodes', 'none'), '.1f')}"
+    for pairs in ("segments", "episodes"):
+        direct = returns("DPPO, lambda 0.5", pairs)
+        for way in ("reward, plan from the stored steps", "reward, plan with the physics"):
+            gain, error = mean_se([a - b for a, b in zip(direct, returns(way, pairs))])
+            assert gain > 2 * error
+        gain, error = mean_se([a - b for a, b in zip(direct, returns("cloning of asked winners", pairs))])
+        assert abs(gain) < 2 * error or abs(gain) < 0.1
+    assert statistics.mean(returns("cloning of all", "segments")) > 98
 
 
 def human_effort():
@@ -895,13 +917,15 @@ def course_feedback():
     yield f"this one step decides: {before:,.0f} lines, or {falling:.1f}"
 
 
+def ledger_error(folder, method, labels, name, first=0, end=24):
+    own = rows(f"distill/{folder}/results.jsonl", method=method, labels=labels)
+    assert len(own) == 3
+    return pm([100 * statistics.mean(one[name][first:end]) for one in own], ".2f")
+
+
 def ledger():
     """The part of the page about texts in which mistakes are carried along."""
-    def error(folder, method, labels, name, first=0, end=24):
-        own = rows(f"distill/{folder}/results.jsonl", method=method, labels=labels)
-        assert len(own) == 3
-        return pm([100 * statistics.mean(one[name][first:end]) for one in own], ".2f")
-
+    error = ledger_error
     for folder, slips in ("ledger", "1 in 100"), ("ledger-slip0", "none"):
         for labels in (250, 1000, 4000):
             for method in ("cloning", "DAgger"):
@@ -930,6 +954,49 @@ def distill():
     assert len({tuple(f"{value:.{n}f}" for value, n in zip(two, (1, 2))) for two in falls.values()}) == 1  # "for both methods"
     yield (f"from {falls['cloning'][0]:.1f} nats at the first token to {falls['cloning'][1]:.2f} at the twentieth, for both "
            f"methods")
+
+
+def overoptimization():
+    """The table of the command, and what is read from single curves."""
+    path = "overoptimization/results.jsonl"
+    text = over.table(read(path))
+    assert text == (RESULTS / "overoptimization/table.md").read_text(encoding="utf-8")
+    yield from text.splitlines()
+
+    def searched(setting, name="reward", place=-1):
+        """A field of best of n at one n, or its one value, seed by seed; the members of an ensemble are averaged."""
+        own = [one for one in rows(path, method="best of n") if one["setting"].split(", member")[0] == setting]
+        values = [[one[name][place] if isinstance(one[name], list) else one[name] for one in own if one["seed"] == seed]
+                  for seed in range(3)]
+        return [statistics.mean(of_seed) for of_seed in values]
+
+    accuracies = [pm([100 * x for x in searched(f"2x128, {count}", "gold_accuracy")], ".1f") for count in (300, 1000, 3000, "all")]
+    yield "right about the gold order in " + ", ".join(accuracies) + "%"
+    small = [pm([100 * x for x in searched(f"1x32, {count}", "gold_accuracy")], ".1f") for count in (300, 1000, 3000)]
+    yield "the small ones in " + ", ".join(small) + "%"
+    yield "best of 256: " + ", ".join(pm(searched(f"2x128, {count}"), ".3f") for count in (300, 1000, 3000, "all"))
+    members = searched("2x128, 1000")
+    for name in "mean of 4", "minimum of 4":
+        gains = [one - other for one, other in zip(searched(name), members)]
+        mean, error = mean_se(gains)
+        yield f"{name}: {signed(mean, '.3f')} ± {error:.3f}"
+
+    free = row(path, method="PPO", setting="1000, beta 1e-06")
+    top = free["reward"].index(max(free["reward"]))
+    proxy = [value for value in free["proxy"] if value is not None]
+    yield (f"rises from {free['reward'][0]:.3f} to {free['reward'][top]:.3f} at {free['distance'][top]**2:.0f} nats and falls to "
+           f"{free['reward'][-1]:.3f} at {free['distance'][-1]**2:.0f}, while the proxy rises from {proxy[0]:.1f} to {proxy[-1]:.1f}")
+    assert proxy == sorted(proxy)
+    half = np.interp(free["distance"][-2] / 2, free["distance"][:-1], proxy) / proxy[-1]
+    yield f"{half:.0%} of it is there at half the distance"
+    for beta in "0.05", "0.2":
+        held = row(path, method="PPO", setting=f"1000, beta {beta}")
+        there = np.interp(held["distance"][-1], free["distance"], free["reward"])
+        yield f"{held['reward'][-1]:.3f} at {held['distance'][-1]**2:.1f} nats (without a penalty {there:.3f} there)"
+    sixteen = row(path, method="best of n", setting="2x128, 1000, member 1", seed=0)
+    level, place = sixteen["reward"][sixteen["n"].index(16)], sixteen["distance"][sixteen["n"].index(16)]
+    needed = np.interp(level, free["reward"][:top], free["distance"][:top])
+    yield f"best of 16 has {level:.3f} at {place**2:.1f} nats, PPO has that at {needed**2:.1f}"
 
 
 # ---- machines --------------------------------------------------------------------------------------------------------
@@ -1057,6 +1124,8 @@ def readme():
     slopes = [next(one for one in rows("dagger/bridge/results.jsonl", method=method) if "slope" in one)["slope"]
               for method in ("cloning", "DAgger")]
     yield f"T^{slopes[0]:.2f} and T^{slopes[1]:.2f}"
+    wrong = [ledger_error("ledger", method, 4000, "own") for method in ("DAgger", "cloning")]
+    yield f"where mistakes are carried along: {wrong[0]}% of numbers wrong, {wrong[1]}% with cloning"
     for world, texts in ("the ice has melted", "{max-ent} against {cloning} of the best when the ice has melted"), (
             "the ice has melted", "with a weight a square {max-ent, a weight a square}"):
         own = rows("irl/results.jsonl", expert="optimal", world=world, demonstrations=100)
@@ -1181,6 +1250,71 @@ def course_against():
     one_pass = 100 * last("reviews/reward-model-epochs1-lr0.0005/log.jsonl")["held_out_accuracy"]
     yield f"After one pass the reward model is right about {one_pass:.1f}%, no more than DPO at β = 1"
     assert one_pass <= 100 * numbers["dpo-beta1-seed0, labels that it gets right"]["mean"]
+    yield f"DPO's responses are {of_length('length', '.1f', 'DPO')} tokens long, SFT's {of_length('length', '.1f', 'SFT', beta=0)}"
+    yield (f"at α = λ a run ends at {of_length('length', '.1f', 'length alpha', 1)} tokens, without a bias at "
+           f"{of_length('length', '.1f', 'no bias')}")
+    yield f"{of_length('slope_pairs', '.3f', 'DPO')} of λ = {read('length/results.jsonl')[0]['lambda']:g}"
+
+
+def of_length(name, form, method, ratio=0, beta=0.1, unit=1):
+    """Mean and error over the seeds of one setting of experiments/length.py."""
+    own = [one for one in rows("length/results.jsonl", method=method, beta=beta)
+           if one["alpha"] == pytest.approx(ratio * one["lambda"])]
+    mean, error = length.mean_error(own, name)
+    return f"{unit * mean:{form}} ± {unit * error:{form.strip('+')}}".replace("-", "−")
+
+
+def length_page():
+    found = read("length/results.jsonl")
+    yield from length.table(found).splitlines()
+    seeds = len({one["seed"] for one in found})
+    yield {2: "two seeds", 3: "three seeds"}[seeds]
+    yield f"λ is {found[0]['lambda']:g}"
+    longer = [100 * one["longer_chosen"] for one in found if one["method"] == "DPO"]
+    assert 54 < min(longer) and max(longer) < 60
+    yield f"chosen in {min(longer):.1f} to {max(longer):.1f}% of the pairs"
+    yield f"plain DPO writes {of_length('length', '.1f', 'DPO')} tokens, SFT {of_length('length', '.1f', 'SFT', beta=0)}"
+    yield (f"at α = λ {of_length('length', '.1f', 'length alpha', 1)} tokens and a gold reward of "
+           f"{of_length('reward', '.3f', 'length alpha', 1)}, without a bias {of_length('length', '.1f', 'no bias')} and "
+           f"{of_length('reward', '.3f', 'no bias')}")
+    yield (f"of λ it has learned {of_length('slope_pairs', '.3f', 'DPO')} in log-odds a token at β = 0.1 and "
+           f"{of_length('slope_pairs', '.3f', 'larger beta', beta=1.0)} at β = 1")
+    yield (f"{of_length('shorter', '.1f', 'length alpha', 0.5)} tokens shorter at α = λ / 2 and "
+           f"{of_length('shorter', '.1f', 'length alpha', 1)} at α = λ")
+    yield (f"at {of_length('kl', '.2f', 'larger beta', beta=0.2)} nats β = 0.2 has {of_length('reward', '.3f', 'larger beta', beta=0.2)}, "
+           f"at {of_length('kl', '.2f', 'length alpha', 1)} nats α = λ has {of_length('reward', '.3f', 'length alpha', 1)}")
+    yield f"at 8 λ it costs gold reward: {of_length('reward', '.3f', 'length alpha', 8)}"
+    yield (f"{of_length('length', '.1f', 'balanced pairs')} tokens and {of_length('reward', '.3f', 'balanced pairs')}, from "
+           f"{statistics.mean(column(rows('length/results.jsonl', method='balanced pairs'), 'pairs')):,.0f} of the 4,800 pairs")
+    yield (f"{of_length('r2_pairs', '.0f', 'DPO', unit=100)}% on pairs, {of_length('r2_own', '.0f', 'DPO', unit=100)}% on its own "
+           "responses")
+    yield (f"{of_length('r2_pairs', '.0f', 'no bias', unit=100)} and {of_length('r2_own', '.0f', 'no bias', unit=100)}% where the "
+           "labels have no bias")
+    yield (f"at 8 λ it is {of_length('slope_pairs', '+.3f', 'length alpha', 8)} a token on pairs and "
+           f"{of_length('slope_own', '+.3f', 'length alpha', 8)} on its own")
+
+    judged = read("length/alpacaeval.jsonl")
+    yield f"{sum(column(judged, 'judgements')):,} judgements of {len(judged)} models"
+
+    def near(some, name):
+        published = column(some, "published_length_controlled")
+        gaps = [100 * abs(a - b) for a, b in zip(column(some, name), published)]
+        ranks = [[sorted(values).index(value) for value in values] for values in (column(some, name), published)]
+        return statistics.mean(gaps), statistics.correlation(*ranks)
+    others = [one for one in judged if one["model"] != "gpt4_gamed"]
+    for text, some in ("all 57", judged), ("without `gpt4_gamed`", others):
+        yield cells(text, *(f"{near(some, name)[k]:{form}}" for name in ("win_rate", "length_controlled")
+                            for k, form in ((0, ".1f"), (1, ".3f"))))
+    gamed = row("length/alpacaeval.jsonl", model="gpt4_gamed")
+    yield (f"writes {gamed['length_ratio']:.2f} words for one of the reference's, wins {gamed['win_rate']:.1%}, and gets "
+           f"{gamed['length_controlled']:.1%} from us where AlpacaEval 2 gives {gamed['published_length_controlled']:.1%}")
+    worst = max(abs(one["length_controlled"] - one["published_length_controlled"]) for one in others)
+    yield f"All others are within {100 * worst:.1f} points"
+    assert all(one["win_rate"] == pytest.approx(one["published_win_rate"], abs=2e-5) for one in judged)
+
+
+def test_the_table_of_length_is_what_the_command_makes_of_the_rows():
+    assert length.table(read("length/results.jsonl")) == (RESULTS / "length/table.md").read_text(encoding="utf-8")
 
 
 # ---- the index -------------------------------------------------------------------------------------------------------
@@ -1221,6 +1355,8 @@ CLAIMS = {
     "results/irl/README.md": irl,
     "results/tamer/README.md": tamer,
     "results/distill/README.md": lambda: (*distill(), *ledger()),
+    "results/overoptimization/README.md": overoptimization,
+    "results/length/README.md": length_page,
     "results/bench/README.md": bench,
     "results/memory/README.md": memory,
     "results/processes/README.md": processes,
