@@ -121,6 +121,10 @@ class Config:
 
 # ---- control tokens ------------------------------------------------------------------------------
 
+# of a control token's vector: all of Adam's steps are of one size, and this one begins at 0
+SCALE = 20.0
+
+
 class ControlledEmbedding(nn.Embedding):
     """Token embeddings with K more ids, V ... V + K - 1, for the control tokens. The output head,
     which has the same weights, does not have these: no response can contain one."""
@@ -135,7 +139,7 @@ class ControlledEmbedding(nn.Embedding):
         number = tokens - self.num_embeddings  # of the control token; below 0 for any other
         is_control = number >= 0
         plain = super().forward(tokens.where(~is_control, self.bos))
-        return plain + self.controls[number.clamp(min=0)] * is_control[..., None]
+        return plain + SCALE * self.controls[number.clamp(min=0)] * is_control[..., None]
 
 
 @contextmanager
@@ -144,14 +148,14 @@ def behind_the_best(policy: GPT) -> Iterator[None]:
     nothing of control tokens. It stands first, so the first position has the vector instead."""
     first = policy.wpe.weight.data[0]
     before = first.clone()
-    first += policy.wte.controls.data[-1]
+    first += SCALE * policy.wte.controls.data[-1]
     yield
     first.copy_(before)
 
 
 def without_controls(policy: GPT) -> GPT:
     """The policy behind the best control token, as any other file knows policies."""
-    policy.wpe.weight.data[0] += policy.wte.controls.data[-1]
+    policy.wpe.weight.data[0] += SCALE * policy.wte.controls.data[-1]
     policy.wte = nn.Embedding.from_pretrained(policy.wte.weight.detach(), freeze=False)
     return policy
 

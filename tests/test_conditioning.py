@@ -97,7 +97,7 @@ def controlled(model, K=2, bos=1, seed=5):
     """A copy of the model with K control tokens, of vectors far from 0."""
     model = copy.deepcopy(model)
     model.wte = ControlledEmbedding(model.wte, bos, K)
-    model.wte.controls.data = torch.randn(K, 8, generator=torch.Generator().manual_seed(seed))
+    model.wte.controls.data = 0.1 * torch.randn(K, 8, generator=torch.Generator().manual_seed(seed))
     return model
 
 
@@ -107,7 +107,7 @@ def test_a_control_token_is_bos_and_a_vector():
     model = controlled(plain)
     for number in (0, 1):
         hidden = copy.deepcopy(plain)
-        hidden.wpe.weight.data[0] += model.wte.controls.data[number]
+        hidden.wpe.weight.data[0] += conditioning.SCALE * model.wte.controls.data[number]
         torch.testing.assert_close(model(torch.tensor([[V + number, 5, 6]])), hidden(torch.tensor([[1, 5, 6]])))
     assert model(torch.tensor([[V, 5]])).shape == (1, 2, V)
     model.wte.controls.data.zero_()
