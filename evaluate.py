@@ -291,6 +291,13 @@ def bank_row(kind: str, bank: Bank, weights: torch.Tensor, kl: torch.Tensor) -> 
     return table_row(kind, (weights * bank.rewards).sum(1), kl, (weights * bank.lengths).sum(1))
 
 
+def limit_row(bank: Bank, weights: torch.Tensor) -> dict:
+    """The row of where a method ends in theory, if that is the bank's responses weighed by
+    `weights` (M, N): of N equally likely ones its KL is sum_i w_i log(N w_i)."""
+    kl = torch.special.xlogy(weights, weights * weights.shape[1]).sum(1)
+    return bank_row("limit", bank, weights, kl) | {"share": None, "share_known": True}
+
+
 def summary(bank: Bank,
             policies: dict[str, PolicySamples],
             end_beta: float | None = None) -> dict[str, dict]:

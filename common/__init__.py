@@ -6,6 +6,7 @@
     processes.py    several processes, one run: who takes which rows, who writes
     sharding.py     --shard: where a model no longer fits one device
     run.py          the run folder: settings, log, checkpoints, resume; finished models
+    memory.py       the responses that a policy has written
     rewards.py      gold, learned, FILE.py:function: one interface
     user_code.py    FILE.py:function: how it is loaded, and how its mistakes are named
     tasks.py        what a task is, and its prepared data

@@ -73,7 +73,7 @@ class Start:
         return {"dataset": self.dataset, "tokenizer": self.tokenizer.fingerprint}
 
 
-def start(config: Any, bank: bool = True) -> Start:
+def start(config: Any, bank: bool = True, reward_is_used: bool = True) -> Start:
     """Everything that a script with this Config starts from, in the order in which mistakes cost
     least.
 
@@ -85,10 +85,12 @@ def start(config: Any, bank: bool = True) -> Start:
             read (or sampled), with a field `reward` there is start.reward.
         bank: whether the policy will be evaluated, for which the gold reward and the bank are
             needed.
+        reward_is_used: whether the field `reward` counts; reward conditioning has none.
     """
     use_device(config.device)
     check_folder(config)
-    wants_pairs, reward_name = hasattr(config, "pairs"), getattr(config, "reward", None)
+    wants_pairs = hasattr(config, "pairs")
+    reward_name = getattr(config, "reward", None) if reward_is_used else None
     check_own_files(config)
     own_file = own_pairs_file(config) if wants_pairs else ""
     own = read_pairs(own_file) if own_file else []

@@ -14,7 +14,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import conditioning
 import dpo
+import expert_iteration
 import ppo
 import reinforce
 import sft
@@ -28,7 +30,8 @@ from common.user_code import own_loss
 from experiments.sweep import PlannedRun
 
 SCRIPTS = {"sft.py": sft, "dpo.py": dpo, "reinforce.py": reinforce, "ppo.py": ppo,
-           "vargrad.py": vargrad}
+           "vargrad.py": vargrad, "expert_iteration.py": expert_iteration,
+           "conditioning.py": conditioning}
 # flags that are the same for all runs of a sweep, and so in no command of a grid
 SHARED = {"dataset", "preset", "sft", "init", "dtype", "device", "seed", "pairs_seed", "out",
           "resume", "help"}

@@ -21,7 +21,7 @@ from data.reviews.grammar import gold_reward, sample_review
 from common.tokenizer import train_bpe
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("sft", "reward_model", "classifier", "dpo", "vargrad", "reinforce", "ppo", "evaluate", "sample")
+SCRIPTS = ("sft", "reward_model", "classifier", "dpo", "expert_iteration", "conditioning", "vargrad", "reinforce", "ppo", "evaluate", "sample")
 TINY = "--n-layer 1 --n-embd 32 --n-head 2 --batch-size 8 --steps 80 --warmup 5 --lr 2e-2".split()  # an SFT policy,
 SFT = [*TINY, "--out", "runs/reviews/sft"]  # where the other scripts look for it
 

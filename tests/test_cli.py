@@ -41,7 +41,8 @@ from test_faults import tree
 ALGORITHMS = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "reinforce": reinforce, "ppo": ppo}
 CONFIGS = {**ALGORITHMS, "classifier": classifier, "bt": bt, "preference_rl": preference_rl, "dagger": dagger,
            "experiments/frontier": frontier, "experiments/scaling": scaling, "experiments/winrate": winrate}
-for name in ("vargrad", "derive", "dueling", "irl", "tamer", "pebble", "dppo", "label", "experiments/quiz", "experiments/distill", "experiments/ablation",
+for name in ("vargrad", "expert_iteration", "conditioning", "derive", "dueling", "irl", "tamer", "pebble", "dppo", "label",
+             "experiments/quiz", "experiments/distill", "experiments/ablation",
              "experiments/ceiling", "experiments/bench", "experiments/memory", "experiments/clicks", "experiments/ledger",
              "experiments/scores", "experiments/effort", "experiments/length", "experiments/judgements",
              "experiments/overoptimization", "experiments/rewardbench"):
@@ -627,7 +628,7 @@ def test_a_real_process_says_one_line_and_exits_1_at_once(root, tmp_path):
 
 def test_import_draws_in_no_library_that_only_some_runs_need():
     """--help and every mistake wait for the imports, so figures and GPT-2 weights are imported where they are used."""
-    program = ("import sys, sft, reward_model, classifier, dpo, vargrad, reinforce, ppo, evaluate, sample, bt, dueling, preference_rl, dagger\n"
+    program = ("import sys, sft, reward_model, classifier, dpo, expert_iteration, conditioning, vargrad, reinforce, ppo, evaluate, sample, bt, dueling, preference_rl, dagger\n"
                "import irl, tamer, pebble, dppo\n"
                "from experiments import frontier, winrate, scaling\n"
                "print(*{name.split('.')[0] for name in sys.modules})")

@@ -16,7 +16,9 @@ import torch
 
 import classifier
 import data.imdb
+import conditioning
 import dpo
+import expert_iteration
 import ppo
 import reinforce
 import reward_model
@@ -30,7 +32,7 @@ from common.training import Mean, adamw, autocast, batches, fingerprint, generat
 from conftest import tiny_gpt
 from model import GPTConfig, ScalarModel
 
-ALGORITHMS = [sft, reward_model, classifier, dpo, vargrad, reinforce, ppo]
+ALGORITHMS = [sft, reward_model, classifier, dpo, expert_iteration, conditioning, vargrad, reinforce, ppo]
 LENGTHS = torch.randint(5, 60, (203,), generator=torch.Generator().manual_seed(0))
 
 

@@ -19,7 +19,7 @@ from common.training import autocast, device
 from experiments import frontier, winrate
 
 DEVICE = torch.device("cpu:0")
-SCRIPTS = ("sft", "reward_model", "classifier", "dpo", "vargrad", "reinforce", "ppo")
+SCRIPTS = ("sft", "reward_model", "classifier", "dpo", "expert_iteration", "conditioning", "vargrad", "reinforce", "ppo")
 TO_CPU = (torch.Tensor.cpu, torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.numpy)
 
 
@@ -135,6 +135,10 @@ ARGUMENTS = {
     "reward_model": ["--sft", "runs/reviews/sft", "--pairs", "pairs.jsonl", "--batch-size", "8"],
     "classifier": ["--dataset", "reviews", "--sft", "runs/reviews/sft", "--batch-size", "8", "--epochs", "0.3", "--warmup", "1"],
     "dpo": ["--sft", "runs/reviews/sft", "--pairs", "pairs.jsonl", "--batch-size", "8", "--bank-samples", "8"],
+    "expert_iteration": ["--sft", "runs/reviews/sft", "--reward", "own.py:f", "--batch-size", "8", "--rounds", "2",
+                         "--round-prompts", "6", "--samples", "2", "--bank-samples", "8"],
+    "conditioning": ["--sft", "runs/reviews/sft", "--reward", "own.py:f", "--batch-size", "8", "--on", "samples", "--rounds", "2",
+                     "--round-prompts", "6", "--samples", "2", "--bank-samples", "8"],
     "reinforce": ["--sft", "runs/reviews/sft", "--reward", "own.py:f", "--batch-size", "8", "--steps", "2", "--bank-samples", "8"],
     "vargrad": ["--sft", "runs/reviews/sft", "--reward", "own.py:f", "--batch-size", "8", "--samples", "4", "--steps", "2",
                 "--bank-samples", "8"],

@@ -24,7 +24,9 @@ import torch
 import classifier
 import clone
 import data.reviews
+import conditioning
 import dpo
+import expert_iteration
 import ppo
 import reinforce
 import reward_model
@@ -44,7 +46,11 @@ STAGES = {"sft": clone.TINY,
                  "--target-kl 0.5 --horizon 20".split(),
           "reinforce": "--sft {work}/runs/reviews/sft --reward gold --bank-samples 8 --batch-size 8 --steps 16 --warmup 3 --lr 5e-3".split(),
           "vargrad": "--sft {work}/runs/reviews/sft --reward gold --bank-samples 8 --batch-size 8 --samples 4 --steps 16 --replay 1 "
-                     "--warmup 3 --lr 5e-3".split()}
+                     "--warmup 3 --lr 5e-3".split(),
+          "expert_iteration": "--sft {work}/runs/reviews/sft --reward gold --bank-samples 8 --batch-size 8 --rounds 2 --round-prompts 16 "
+                              "--samples 2 --warmup 3".split(),
+          "conditioning": "--sft {work}/runs/reviews/sft --reward gold --bank-samples 8 --batch-size 8 --rounds 2 --round-prompts 16 "
+                          "--samples 2 --on samples --warmup 3".split()}
 EVERY_STEP = ("--checkpoint-every", "0")
 
 
@@ -590,6 +596,8 @@ def test_no_file_we_load_runs_code(packed, root, work, tmp_path, monkeypatch, ca
 LOSSES = {"sft": (sft, "response_logprobs", "loss = nan"), "reward_model": (reward_model, "reward_loss", "loss = nan"),
           "dpo": (dpo, "dpo_loss", "chosen_reward = nan"), "ppo": (ppo, "compute_rewards", "value_loss = nan"),
           "reinforce": (reinforce, "leave_one_out", "loss = nan"), "vargrad": (vargrad, "variance_loss", "loss = nan"),
+          "expert_iteration": (expert_iteration, "response_logprobs", "loss = nan"),
+          "conditioning": (conditioning, "quark_losses", "kl = nan"),
           "classifier": (classifier, "prefix_loss", "loss = nan")}
 
 

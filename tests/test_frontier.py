@@ -380,7 +380,7 @@ def test_the_grid_of_the_page_can_be_planned(tmp_path, monkeypatch):
     ({"a": "dpo.py"}, ", a: expected a list"),
     ({"a": []}, ", a: expected a list of commands"), ({"a": [["dpo.py"]]}, ", a: expected a list of commands"),
     ({"a": ["dpo.py"], "b": ["dpo.py --beta '1"]}, """, b, "dpo.py --beta '1": No closing quotation"""),
-    ({"a": ["bt.py"]}, ", a, 'bt.py': 'bt.py': expected one of sft.py, dpo.py, reinforce.py, ppo.py, vargrad.py"),
+    ({"a": ["bt.py"]}, ", a, 'bt.py': 'bt.py': expected one of sft.py, dpo.py, reinforce.py, ppo.py, vargrad.py, expert_iteration.py, conditioning.py"),
     ({"a": [""]}, ", a, '': '': expected one of"),
     ({"a": ["dpo.py --bet 1"]}, ", a, 'dpo.py --bet 1': unrecognized arguments: --bet"),
     ({"a": ["dpo.py", "dpo.py --beta -1"]}, ", a, 'dpo.py --beta -1': --beta -1.0: must be > 0"),

@@ -86,4 +86,4 @@ def test_a_preset_lacks_nothing():
         tasks.Preset(pair_prompts=1, pair_samples=2, bank_samples=1, evaluate_every={}, settings={})
     for name in sorted(path.parent.name for path in (settings.ROOT / "data").glob("*/prepare.py")):
         for preset in tasks.load(name).presets.values():
-            assert {"sft", "dpo", "ppo", "reinforce", "vargrad"} <= preset.evaluate_every.keys()
+            assert {"sft", "dpo", "ppo", "reinforce", "vargrad", "expert_iteration", "conditioning"} <= preset.evaluate_every.keys()

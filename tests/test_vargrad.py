@@ -14,7 +14,8 @@ from conftest import log_of, smaller
 from model import Samples
 from reinforce import leave_one_out
 from toy import gradient, logprobs_of, share_of_what_can_be_gained
-from vargrad import Memory, group_rows, variance_loss
+from common.memory import Memory
+from vargrad import group_rows, variance_loss
 
 
 @pytest.fixture(autouse=True)

@@ -130,3 +130,19 @@ def share_of_what_can_be_gained(log: list[dict], folder, work) -> float:
     start, end = (sum((w[i].exp() * (w[2] - beta * (w[i] - w[0]))).sum() for w in world) / 3 for i in (0, 1))
     assert best - start > 0.3
     return ((end - start) / (best - start)).item()
+
+
+# ---- seven responses that are one action each: their chances, and rewards of which two pairs are equal -------------------
+
+PROBS = torch.tensor([0.05, 0.3, 0.1, 0.2, 0.05, 0.25, 0.05], dtype=torch.double)
+REWARD = torch.tensor([2.0, 0.5, 1.5, 0.5, 3.0, -1.0, 1.5], dtype=torch.double)  # two pairs of equal ones
+
+
+def best_of_n(probs, n, reward=REWARD):
+    """In closed form: F(r)^n - F(below r)^n for all responses of reward r, shared as the reference shares it."""
+    target = torch.zeros_like(probs)
+    for r in reward.unique():
+        equal = reward == r
+        up_to, below = probs[reward <= r].sum(), probs[reward < r].sum()
+        target[equal] = probs[equal] / probs[equal].sum() * (up_to ** n - below ** n)
+    return target

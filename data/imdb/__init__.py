@@ -10,7 +10,8 @@ TASK = Task(
         "cpu": Preset(
             pair_prompts=4000, pair_samples=4,
             bank_prompts=256, bank_samples=64,
-            evaluate_every={"sft": 100, "dpo": 100, "ppo": 10, "reinforce": 10, "vargrad": 10},
+            evaluate_every={"sft": 100, "dpo": 100, "ppo": 10, "reinforce": 10, "vargrad": 10,
+                            "expert_iteration": 50, "conditioning": 50},
             minutes={"sft": 50, "classifier": 25, "pairs": 4, "bank": 3, "reward_model": 15},
             settings={
                 "sft": dict(n_layer=4, n_head=4, n_embd=256, block_size=96, steps=6500, lr=3e-3,
@@ -25,7 +26,8 @@ TASK = Task(
         "gpu": Preset(
             pair_prompts=20_000, pair_samples=4,
             bank_prompts=512, bank_samples=256,
-            evaluate_every={"sft": 100, "dpo": 100, "ppo": 10, "reinforce": 10, "vargrad": 10},
+            evaluate_every={"sft": 100, "dpo": 100, "ppo": 10, "reinforce": 10, "vargrad": 10,
+                            "expert_iteration": 50, "conditioning": 50},
             settings={
                 "sft": dict(n_layer=10, n_head=8, n_embd=512, block_size=256, batch_size=256,
                             steps=3000, lr=1.5e-3, warmup=200),

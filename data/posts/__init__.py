@@ -11,7 +11,8 @@ TASK = Task(
         "cpu": Preset(
             pair_prompts=1600, pair_samples=4,
             bank_prompts=128, bank_samples=64,
-            evaluate_every={"sft": 25, "dpo": 25, "ppo": 5, "reinforce": 5, "vargrad": 5},
+            evaluate_every={"sft": 25, "dpo": 25, "ppo": 5, "reinforce": 5, "vargrad": 5,
+                            "expert_iteration": 50, "conditioning": 50},
             minutes={"sft": 3.5, "pairs": 1, "bank": 1, "reward_model": 2},
             settings={
                 "sft": dict(block_size=224, steps=1000),

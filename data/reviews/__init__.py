@@ -12,7 +12,8 @@ TASK = Task(
         "cpu": Preset(
             pair_prompts=1600, pair_samples=4,
             bank_prompts=128, bank_samples=256,
-            evaluate_every={"sft": 25, "dpo": 25, "ppo": 5, "reinforce": 5, "vargrad": 5},
+            evaluate_every={"sft": 25, "dpo": 25, "ppo": 5, "reinforce": 5, "vargrad": 5,
+                            "expert_iteration": 50, "conditioning": 50},
             minutes={"sft": 0.7, "pairs": 0.3, "bank": 0.4, "reward_model": 1.2},
             settings={
                 # three passes: one leaves it below a model of word pairs (results/reviews)

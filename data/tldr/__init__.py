@@ -68,7 +68,8 @@ TASK = Task(
         "cpu": Preset(
             pair_prompts=1000, pair_samples=4,
             bank_prompts=128, bank_samples=64,
-            evaluate_every={"sft": 100, "dpo": 100, "ppo": 10, "reinforce": 10, "vargrad": 10},
+            evaluate_every={"sft": 100, "dpo": 100, "ppo": 10, "reinforce": 10, "vargrad": 10,
+                            "expert_iteration": 50, "conditioning": 50},
             minutes={"sft pretrain": 40, "sft": 4, "pairs": 5, "bank": 5, "reward_model": 10},
             settings={
                 # 2,000 summaries are too few to learn English from: one pass over all posts first
