@@ -319,7 +319,7 @@ def train(config: Config) -> Path:
 
 
 def memory_of_pairs(config: Config, start: pipeline.Start) -> Memory:
-    """The responses of the pairs, each behind "liked" or "disliked"; sampled here, or the user's."""
+    """The responses of the pairs, each behind "liked" or "disliked": sampled, or the user's."""
     labels = tasks.load(config.dataset).labels
     path = tasks.own_pairs(config.dataset) or pipeline.sampled_pairs(start, labels, config.prompts,
                                                                      config.pairs_seed)
