@@ -413,6 +413,9 @@ def draw(rows: list[dict], config: Config, path: Path) -> None:
                    if kind == method}
             for i, (setting, found) in enumerate(own.items()):
                 color = plt.get_cmap("viridis")(0.9 * i / max(1, len(own) - 1))
+                if method == "best of n":  # one line for all seeds, which have the same distances
+                    found = [{name: np.mean([row[name] for row in found], 0)
+                              for name in ("distance", "reward", "proxy")}]
                 for j, row in enumerate(found):
                     style = dict(color=color, linewidth=1.2, marker=".", markersize=3)
                     gold.plot(row["distance"], row["reward"], **style,
