@@ -24,9 +24,9 @@ distances and judged on the other half.
 
 Expected: the curves rise, and with few pairs they fall again; more pairs move the peak up and to
 the right; PPO travels further than best of n for the same gold reward; a KL penalty stops earlier
-on the same curve. Found (results/overoptimization): PPO without a penalty falls below where it
-began, best of n and DPO hardly at all; a penalty looks better than stopping (one seed); the forms
-are not told apart.
+on the same curve. Found (results/overoptimization): PPO without a penalty falls nearly to where it
+began, best of n does not fall, DPO has less the smaller its beta is below 0.1; a penalty of 0.2 is
+better than stopping early; the forms are not told apart.
 
 Differs from Gao et al.: labels are noisy, as people's are; the proxy has the size of the policy or
 less; gold is exact; the KL of best of n is the bound log n - (n - 1) / n.

@@ -1015,22 +1015,29 @@ def overoptimization():
         mean, error = mean_se(gains)
         yield f"{name}: {signed(mean, '.3f')} ± {error:.3f}"
 
-    free = row(path, method="PPO", setting="1000, beta 1e-06")
-    top = free["reward"].index(max(free["reward"]))
-    proxy = [value for value in free["proxy"] if value is not None]
-    yield (f"rises from {free['reward'][0]:.3f} to {free['reward'][top]:.3f} at {free['distance'][top]**2:.0f} nats and falls to "
-           f"{free['reward'][-1]:.3f} at {free['distance'][-1]**2:.0f}, while the proxy rises from {proxy[0]:.1f} to {proxy[-1]:.1f}")
-    assert proxy == sorted(proxy)
-    half = np.interp(free["distance"][-2] / 2, free["distance"][:-1], proxy) / proxy[-1]
-    yield f"{half:.0%} of it is there at half the distance"
+    free = rows(path, method="PPO", setting="1000, beta 1e-06")
+    proxies = [[value for value in one["proxy"] if value is not None] for one in free]
+    assert all(values[-1] == max(values) for values in proxies)
+    yield (f"from {free[0]['reward'][0]:.3f} to {pm([max(one['reward']) for one in free], '.3f')} at its best, and ends at "
+           f"{pm([one['reward'][-1] for one in free], '.3f')}, {min(one['distance'][-1]**2 for one in free):.0f} to "
+           f"{max(one['distance'][-1]**2 for one in free):.0f} nats away, while the proxy rises to "
+           f"{pm([values[-1] for values in proxies], '.1f')}")
+    half = [np.interp(one["distance"][-2] / 2, one["distance"][:-1], values) / values[-1] for one, values in zip(free, proxies)]
+    yield f"{100 * statistics.mean(half):.0f}% of it is there at half the distance"
     for beta in "0.05", "0.2":
-        held = row(path, method="PPO", setting=f"1000, beta {beta}")
-        there = np.interp(held["distance"][-1], free["distance"], free["reward"])
-        yield f"{held['reward'][-1]:.3f} at {held['distance'][-1]**2:.1f} nats (without a penalty {there:.3f} there)"
-    sixteen = row(path, method="best of n", setting="2x128, 1000, member 1", seed=0)
-    level, place = sixteen["reward"][sixteen["n"].index(16)], sixteen["distance"][sixteen["n"].index(16)]
-    needed = np.interp(level, free["reward"][:top], free["distance"][:top])
-    yield f"best of 16 has {level:.3f} at {place**2:.1f} nats, PPO has that at {needed**2:.1f}"
+        held = rows(path, method="PPO", setting=f"1000, beta {beta}")
+        there = [np.interp(one["distance"][-1], other["distance"], other["reward"]) for one, other in zip(held, free, strict=True)]
+        yield (f"{pm([one['reward'][-1] for one in held], '.3f')} at {statistics.mean(one['distance'][-1]**2 for one in held):.1f} "
+               f"nats (without a penalty {pm(there, '.3f')} there)")
+    searched_for = [row(path, method="best of n", setting="2x128, 1000, member 1", seed=seed) for seed in range(3)]
+    levels = [one["reward"][one["n"].index(16)] for one in searched_for]
+    needed = [np.interp(level, one["reward"][:3], one["distance"][:3])**2 for level, one in zip(levels, free, strict=True)]
+    yield f"best of 16 has {pm(levels, '.3f')} at {evaluate.best_of_n_kl(16):.1f} nats, PPO has that at {pm(needed, '.1f')}"
+    ends = {beta: rows(path, method="DPO", setting=f"beta {beta}") for beta in ("0.1", "0.03", "0.01")}
+    yield "ends at {} at β = 0.1, {} at 0.03 and {} at 0.01".format(
+        *(pm([one["reward"][-1] for one in own], ".3f") for own in ends.values()))
+    yield "{:.0f}, {:.0f} and {:.0f} nats away".format(
+        *(statistics.mean(one["distance"][-1]**2 for one in own) for own in ends.values()))
 
 
 # ---- machines --------------------------------------------------------------------------------------------------------
