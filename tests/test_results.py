@@ -728,7 +728,7 @@ def preference_rl_track():
         return column(rows(path, experiment="policy", way=way, pairs=pairs), "return")
 
     for way in dppo.ways_of(read(path)):
-        assert len(returns(way, "segments")) == 10
+        assert len(returns(way, "segments")) == 20
         yield cells(way, [pm(returns(way, pairs), ".1f") for pairs in ("segments", "episodes")])
     yield f"the stored episodes have {pm(returns('the stored episodes', 'none'), '.1f')}"
     for pairs in ("segments", "episodes"):
