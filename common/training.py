@@ -20,10 +20,10 @@ except (OSError, AttributeError):
 
 import torch  # noqa: E402  (after mallopt)
 
-from tqdm import tqdm  # noqa: E402
+from tqdm import tqdm
 
-from common import fail  # noqa: E402
-from common.processes import LOCAL_RANK, WORLD, share  # noqa: E402
+from common import fail
+from common.processes import LOCAL_RANK, WORLD, share
 
 
 Dtype = Literal["auto", "float32", "bfloat16"]  # of matrix products; weights are fp32

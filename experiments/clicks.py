@@ -42,19 +42,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, for the imports below
 
-import common  # noqa: E402, F401  first, so that Ctrl-C while numpy is imported is one line, too
+import common  # noqa: F401  first, so that Ctrl-C while numpy is imported is one line, too
 
-import numpy as np  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+from tqdm import tqdm
 
-from common.comparisons import winners  # noqa: E402
-from common.figures import figure  # noqa: E402
-from common.files import check_writable, write_jsonl  # noqa: E402
-from common.interleaving import METHODS, Shown, interleave, score  # noqa: E402
-from common.settings import (  # noqa: E402
+from common.comparisons import winners
+from common.figures import figure
+from common.files import check_writable, write_jsonl
+from common.interleaving import METHODS, Shown, interleave, score
+from common.settings import (
     parse, require, require_numbers, run_folder, settings)
-from common.statistics import mean_se  # noqa: E402
-from dueling import BANDITS  # noqa: E402
+from common.statistics import mean_se
+from dueling import BANDITS
 
 RESULTS = 6  # of a query
 NOISE = (0.5, 1.0, 1.5, 2.0, 3.0, 5.0)  # of the rankers, in grades

@@ -33,24 +33,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, for the imports below
 
-import common  # noqa: E402, F401  first, so that Ctrl-C while torch is imported is one line, too
+import common  # noqa: F401  first, so that Ctrl-C while torch is imported is one line, too
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
-import evaluate  # noqa: E402
-import sft  # noqa: E402
-from common import fail, pipeline, tasks  # noqa: E402
-from common.figures import figure  # noqa: E402
-from common.files import check_writable, write_jsonl  # noqa: E402
-from common.settings import (  # noqa: E402
+import evaluate
+import sft
+from common import fail, pipeline, tasks
+from common.figures import figure
+from common.files import check_writable, write_jsonl
+from common.settings import (
     parse, require, require_numbers, run_folder, settings)
-from common.statistics import mean_se  # noqa: E402
-from common.training import (  # noqa: E402
+from common.statistics import mean_se
+from common.training import (
     Device, device, generator, set_lr, use_device, warmup_cosine)
-from model import GPT, GPTConfig, Samples, generate, response_mask  # noqa: E402
+from model import GPT, GPTConfig, Samples, generate, response_mask
 
 METHODS = ("cloning", "on-policy")
 BATCH_SIZE = 32  # responses a step

@@ -35,20 +35,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, for the imports below
 
-import common  # noqa: E402, F401  first, so that Ctrl-C while numpy is imported is one line, too
+import common  # noqa: F401  first, so that Ctrl-C while numpy is imported is one line, too
 
-import numpy as np  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+from tqdm import tqdm
 
-import preference_rl  # noqa: E402
-from common.figures import figure  # noqa: E402
-from common.files import check_writable, write_jsonl  # noqa: E402
-from common.pendulum import (  # noqa: E402
+import preference_rl
+from common.figures import figure
+from common.files import check_writable, write_jsonl
+from common.pendulum import (
     STEPS, TORQUES, Grid, bumps, episodes, roll_out, true_reward)
-from common.settings import (  # noqa: E402
+from common.settings import (
     parse, require, require_numbers, run_folder, settings)
-from common.statistics import mean_se, values  # noqa: E402
-from preference_rl import EXPLORE, SEGMENT, true_return  # noqa: E402
+from common.statistics import mean_se, values
+from preference_rl import EXPLORE, SEGMENT, true_return
 
 LABELS = 40  # of a round of DAgger
 SCORES = 10  # of a round

@@ -30,17 +30,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, for the imports below
 
-import common  # noqa: E402, F401  first, so that Ctrl-C while torch is imported is one line, too
+import common  # noqa: F401  first, so that Ctrl-C while torch is imported is one line, too
 
-import torch  # noqa: E402
+import torch
 
-from common import fail  # noqa: E402
-from common.files import read_jsonl  # noqa: E402
-from common.settings import parse, require, require_numbers, settings  # noqa: E402
-from common.statistics import mean_se  # noqa: E402
-from common.training import generator  # noqa: E402
-from experiments.frontier import as_table, number  # noqa: E402
-from experiments.winrate import length_controlled  # noqa: E402
+from common import fail
+from common.files import read_jsonl
+from common.settings import parse, require, require_numbers, settings
+from common.statistics import mean_se
+from common.training import generator
+from experiments.frontier import as_table, number
+from experiments.winrate import length_controlled
 
 FIELDS = {"model": str, "instruction": str, "win": (int, float), "words": (int, float),
           "words_reference": (int, float)}

@@ -42,22 +42,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, for the imports below
 
-import common  # noqa: E402, F401  first, so that Ctrl-C while torch is imported is one line, too
+import common  # noqa: F401  first, so that Ctrl-C while torch is imported is one line, too
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
-import sft  # noqa: E402
-from common import fail  # noqa: E402
-from common.figures import figure  # noqa: E402
-from common.files import check_writable, write_jsonl  # noqa: E402
-from common.settings import (  # noqa: E402
+import sft
+from common import fail
+from common.figures import figure
+from common.files import check_writable, write_jsonl
+from common.settings import (
     parse, require, require_numbers, run_folder, settings)
-from common.statistics import mean_se, values  # noqa: E402
-from common.training import generator, set_lr, warmup_cosine  # noqa: E402
-from model import GPT, Cache, GPTConfig  # noqa: E402
+from common.statistics import mean_se, values
+from common.training import generator, set_lr, warmup_cosine
+from model import GPT, Cache, GPTConfig
 
 METHODS = ("cloning", "DAgger")
 T = 24  # numbers of a text

@@ -35,28 +35,28 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, for the imports below
 
-import common  # noqa: E402, F401  first, so that Ctrl-C while torch is imported is one line, too
+import common  # noqa: F401  first, so that Ctrl-C while torch is imported is one line, too
 
-from contextlib import redirect_stdout  # noqa: E402
+from contextlib import redirect_stdout
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
 
-import dpo  # noqa: E402
-import evaluate  # noqa: E402
-from common import fail, pipeline, tasks  # noqa: E402
-from common.figures import figure  # noqa: E402
-from common.files import atomic_write, check_writable, write_jsonl  # noqa: E402
-from common.pairs import pair_tensors, read_pairs  # noqa: E402
-from common.run import load_run  # noqa: E402
-from common.settings import (  # noqa: E402
+import dpo
+import evaluate
+from common import fail, pipeline, tasks
+from common.figures import figure
+from common.files import atomic_write, check_writable, write_jsonl
+from common.pairs import pair_tensors, read_pairs
+from common.run import load_run
+from common.settings import (
     changed, parse, require, require_numbers, run_folder, settings)
-from common.statistics import mean_se, sigmoid, values  # noqa: E402
-from common.training import Device, Dtype, generator, use_device  # noqa: E402
-from experiments.frontier import as_table, plus_minus  # noqa: E402
-from experiments.sweep import (  # noqa: E402
+from common.statistics import mean_se, sigmoid, values
+from common.training import Device, Dtype, generator, use_device
+from experiments.frontier import as_table, plus_minus
+from experiments.sweep import (
     STOPPED, PlannedRun, print_commands, run_all, with_sources)
-from model import GPT, summed_logprobs  # noqa: E402
+from model import GPT, summed_logprobs
 
 BETA = 0.1
 ALPHAS = (0.5, 1.0, 2.0, 4.0, 8.0)  # in lambdas

@@ -47,27 +47,27 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, for the imports below
 
-import common  # noqa: E402, F401  first, so that Ctrl-C while torch is imported is one line, too
+import common  # noqa: F401  first, so that Ctrl-C while torch is imported is one line, too
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
 
-import dpo  # noqa: E402
-import evaluate  # noqa: E402
-import ppo  # noqa: E402
-import reward_model  # noqa: E402
-from common import pipeline, rewards, tasks  # noqa: E402
-from common.figures import figure  # noqa: E402
-from common.files import atomic_write, check_writable, read_jsonl, write_jsonl  # noqa: E402
-from common.pairs import read_pairs  # noqa: E402
-from common.run import load_tensors, save_tensors  # noqa: E402
-from common.settings import (  # noqa: E402
+import dpo
+import evaluate
+import ppo
+import reward_model
+from common import pipeline, rewards, tasks
+from common.figures import figure
+from common.files import atomic_write, check_writable, read_jsonl, write_jsonl
+from common.pairs import read_pairs
+from common.run import load_tensors, save_tensors
+from common.settings import (
     parse, require, require_numbers, runs_folder, runs_of, settings)
-from common.statistics import mean_se  # noqa: E402
-from common.training import Device, Dtype, use_device  # noqa: E402
-from experiments import scaling  # noqa: E402
-from experiments.frontier import as_table, number  # noqa: E402
-from experiments.sweep import (  # noqa: E402
+from common.statistics import mean_se
+from common.training import Device, Dtype, use_device
+from experiments import scaling
+from experiments.frontier import as_table, number
+from experiments.sweep import (
     STOPPED, PlannedRun, finished_log, is_finished, print_commands, run_all, with_sources)
 
 FREE = 1e-6  # the KL penalty of PPO that has none: ppo.py wants it above 0

@@ -27,27 +27,27 @@ from typing import Callable
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, for the imports below
 
-import common  # noqa: E402, F401  first, so that Ctrl-C while torch is imported is one line, too
+import common  # noqa: F401  first, so that Ctrl-C while torch is imported is one line, too
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
+import numpy as np
+import torch
+import torch.nn.functional as F
 
-import bt  # noqa: E402
-from common import pipeline, tasks  # noqa: E402
-from common.comparisons import DISAGREE, borda, copeland  # noqa: E402
-from common.figures import figure  # noqa: E402
-from common.files import check_writable, read_json_object, write_jsonl  # noqa: E402
-from common.pairs import label_pairs, pair_tensors, read_pairs, split  # noqa: E402
-from common.rewards import all_scores  # noqa: E402
-from common.run import load_run  # noqa: E402
-from common.settings import parse, run_folder, settings  # noqa: E402
-from common.training import device, fingerprint, generator, half_ties  # noqa: E402
-from dpo import dpo_loss  # noqa: E402
-from evaluate import optimal_weights  # noqa: E402
-from model import ScalarModel, generate, response_logprobs, summed_logprobs  # noqa: E402
-from ppo import compute_gae, policy_loss  # noqa: E402
-from reinforce import leave_one_out  # noqa: E402
+import bt
+from common import pipeline, tasks
+from common.comparisons import DISAGREE, borda, copeland
+from common.figures import figure
+from common.files import check_writable, read_json_object, write_jsonl
+from common.pairs import label_pairs, pair_tensors, read_pairs, split
+from common.rewards import all_scores
+from common.run import load_run
+from common.settings import parse, run_folder, settings
+from common.training import device, fingerprint, generator, half_ties
+from dpo import dpo_loss
+from evaluate import optimal_weights
+from model import ScalarModel, generate, response_logprobs, summed_logprobs
+from ppo import compute_gae, policy_loss
+from reinforce import leave_one_out
 
 
 @settings

@@ -51,35 +51,35 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, for the imports below
 
-import common  # noqa: E402, F401  first, so that Ctrl-C while torch is imported is one line, too
+import common  # noqa: F401  first, so that Ctrl-C while torch is imported is one line, too
 
-from typing import Any  # noqa: E402
+from typing import Any
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
 
-import dpo  # noqa: E402
-import ppo  # noqa: E402
-import reward_model  # noqa: E402
-from common import fail, pipeline  # noqa: E402
-from common.figures import figure  # noqa: E402
-from common.files import (  # noqa: E402
+import dpo
+import ppo
+import reward_model
+from common import fail, pipeline
+from common.figures import figure
+from common.files import (
     atomic_write, check_field, check_writable, read_json, read_json_object, write_jsonl)
-from common.pairs import encode_pairs, pair_tensors  # noqa: E402
-from common.rewards import all_scores  # noqa: E402
-from common.run import load_run  # noqa: E402
-from common.settings import (  # noqa: E402
+from common.pairs import encode_pairs, pair_tensors
+from common.rewards import all_scores
+from common.run import load_run
+from common.settings import (
     changed, parse, require, require_numbers, runs_folder, settings)
-from common.statistics import mean_se, values  # noqa: E402
-from common.training import Device, half_ties, pad, use_device  # noqa: E402
-from data.reviews.probes import kinds_of_pairs  # noqa: E402
-from evaluate import reference_of  # noqa: E402
-from experiments.ceiling import ceiling  # noqa: E402
-from experiments.frontier import as_table, number  # noqa: E402
-from experiments.scaling import over_seeds  # noqa: E402
-from experiments.sweep import (  # noqa: E402
+from common.statistics import mean_se, values
+from common.training import Device, half_ties, pad, use_device
+from data.reviews.probes import kinds_of_pairs
+from evaluate import reference_of
+from experiments.ceiling import ceiling
+from experiments.frontier import as_table, number
+from experiments.scaling import over_seeds
+from experiments.sweep import (
     STOPPED, PlannedRun, is_finished, print_commands, run_all, with_sources)
-from model import Samples, ScalarModel, summed_logprobs  # noqa: E402
+from model import Samples, ScalarModel, summed_logprobs
 
 BETAS = (3.0, 1.0, 0.3, 0.1, 0.03)
 QUICK_BETAS = (1.0, 0.3, 0.1)

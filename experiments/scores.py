@@ -48,18 +48,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, for the imports below
 
-import common  # noqa: E402, F401  first, so that Ctrl-C while numpy is imported is one line, too
+import common  # noqa: F401  first, so that Ctrl-C while numpy is imported is one line, too
 
-import numpy as np  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+from tqdm import tqdm
 
-from common.figures import figure  # noqa: E402
-from common.files import check_writable, write_jsonl  # noqa: E402
-from common.pendulum import STEPS, Grid, episodes  # noqa: E402
-from common.settings import (  # noqa: E402
+from common.figures import figure
+from common.files import check_writable, write_jsonl
+from common.pendulum import STEPS, Grid, episodes
+from common.settings import (
     parse, require, require_numbers, run_folder, settings)
-from common.statistics import mean_se, sigmoid, values  # noqa: E402
-from preference_rl import SEGMENT, fit_reward, four_features  # noqa: E402
+from common.statistics import mean_se, sigmoid, values
+from preference_rl import SEGMENT, fit_reward, four_features
 
 PEOPLE = ("calibrated", "drifting", "hard to please", "crowd", "all three")
 ANSWERS = ("comparisons", "scores", "differences", "orders")

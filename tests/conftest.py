@@ -18,8 +18,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # expectations are computed on the CPU,
 
 os.fsync = lambda file: None  # there is no power cut here, and thousands of small files would wait for the disk
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -29,13 +29,13 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(OFFLINE), os.enviro
 runpy.run_path(str(OFFLINE / "sitecustomize.py"))
 
 import data.reviews  # noqa: E402  (after the path is set)
-import evaluate  # noqa: E402
-import sft  # noqa: E402
-from common import tasks, training  # noqa: E402
-from common.files import write_jsonl  # noqa: E402
-from common.tokenizer import train_bpe  # noqa: E402
-from data.reviews.grammar import gold_reward, sample_review  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
+import evaluate
+import sft
+from common import tasks, training
+from common.files import write_jsonl
+from common.tokenizer import train_bpe
+from data.reviews.grammar import gold_reward, sample_review
+from model import GPT, GPTConfig
 
 
 LONG = ["test_processes", "test_faults", "test_frontier", "test_cli", "test_ppo", "test_imdb", "test_evaluate", "test_tldr"]
@@ -182,5 +182,5 @@ def log_of(run: Path) -> list[dict]:
 
 # ---- fixtures that are defined beside what they need ------------------------------------------------------------------
 
-from clone import root  # noqa: E402, F401
-from toy import tables, toy  # noqa: E402, F401
+from clone import root  # noqa: F401
+from toy import tables, toy  # noqa: F401

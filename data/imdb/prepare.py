@@ -34,11 +34,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root, for the imports below
 
-from common import fail  # noqa: E402
-from common.files import sha256, write_jsonl  # noqa: E402
-from common.settings import Parser  # noqa: E402
-from common.tasks import check_prepared, download, publish  # noqa: E402
-from common.tokenizer import Tokenizer, train_bpe  # noqa: E402
+from common import fail
+from common.files import sha256, write_jsonl
+from common.settings import Parser
+from common.tasks import check_prepared, download, publish
+from common.tokenizer import Tokenizer, train_bpe
 
 URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 MD5 = "7c2ac02c03563afcf9b574c7e56c153a"

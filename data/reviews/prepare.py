@@ -18,11 +18,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root, for the imports below
 
-from common.files import write_jsonl  # noqa: E402
-from common.settings import Parser  # noqa: E402
-from common.tasks import check_prepared, publish  # noqa: E402
-from data.reviews.grammar import sample_review  # noqa: E402
-from common.tokenizer import train_bpe  # noqa: E402
+from common.files import write_jsonl
+from common.settings import Parser
+from common.tasks import check_prepared, publish
+from data.reviews.grammar import sample_review
+from common.tokenizer import train_bpe
 
 OUT = Path(__file__).resolve().parent / "prepared"
 TRAIN, TEST, PROMPTS_TRAIN, PROMPTS_TEST, VOCAB_SIZE, SEED = 20_000, 1_000, 20_000, 512, 1024, 0

@@ -42,11 +42,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's root, for the imports below
 
-from common import fail  # noqa: E402
-from common.files import read_jsonl, sha256, write_jsonl  # noqa: E402
-from common.settings import Parser  # noqa: E402
-from common.tasks import check_prepared, download, publish  # noqa: E402
-from common.tokenizer import Tokenizer, train_bpe  # noqa: E402
+from common import fail
+from common.files import read_jsonl, sha256, write_jsonl
+from common.settings import Parser
+from common.tasks import check_prepared, download, publish
+from common.tokenizer import Tokenizer, train_bpe
 
 URL = "https://openaipublic.blob.core.windows.net/summarize-from-feedback"
 # No checksum of these files is published. What is known of them is checked: that every row is whole and has the fields
