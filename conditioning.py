@@ -59,7 +59,7 @@ from common.training import (Device, Dtype, Mean, adamw, autocast, batches, chec
                              generator, half_ties, set_lr)
 from model import GPT, Samples, generate, response_logprobs
 
-PROMPTS, ROLLOUT = 1, 3  # random streams of this script
+PROMPTS, ROLLOUT = 1, 3  # random streams, called as in reinforce.py
 
 
 @settings
@@ -308,7 +308,7 @@ def train(config: Config) -> Path:
     run.log(**result)
     report = evaluate.report(run, name, policy.eval(), start, None, result)
     if not quark and start.bank.rewards is not None:
-        weights = preferred_weights(win_probs(config, start))
+        weights = preferred_weights(win_probs(start))
         report.rows["limit of this run in theory"] = evaluate.limit_row(start.bank, weights)
     curves = {"loss, nats per response": evaluate.smoothed(run.rows, "loss")}
     evaluate.draw_run(run.folder / "figure.png", name, curves, report)
@@ -335,9 +335,9 @@ def memory_of_pairs(config: Config, start: pipeline.Start) -> Memory:
     return memory
 
 
-def win_probs(config: Config, start: pipeline.Start) -> torch.Tensor:
+def win_probs(start: pipeline.Start) -> torch.Tensor:
     """P(response i is preferred to response j) by the labels of the task, (M, N, N)."""
-    task = tasks.load(config.dataset)
+    task = tasks.load(start.dataset)
     difference = start.bank.rewards[:, :, None] - start.bank.rewards[:, None, :]
     if task.labels == "argmax":
         return half_ties(difference, torch.zeros(1))

@@ -249,9 +249,9 @@ def adam(gradient: Callable[[np.ndarray], np.ndarray], x: np.ndarray, steps: int
 
 # ---- the policy ----------------------------------------------------------------------------------
 
-def act(theta: np.ndarray, world: ModuleType, state: np.ndarray) -> np.ndarray:
-    """The policy: actions (n,) in states (n, k)."""
-    return world.ACTIONS[-1] * np.tanh(world.bumps(state) @ theta)
+def act(theta: np.ndarray, world: ModuleType, most: float, state: np.ndarray) -> np.ndarray:
+    """The policy: actions (n,) in states (n, k), of which `most` is the largest."""
+    return most * np.tanh(world.bumps(state) @ theta)
 
 
 def distances(theta: np.ndarray, phi: np.ndarray, actions: np.ndarray, most: float
@@ -323,7 +323,7 @@ def true_return(world: ModuleType, policy: Callable[[np.ndarray], np.ndarray], s
 def policies(config: Config, grid: Planner, V: np.ndarray, seed: int) -> list[dict]:
     """True return of every way from the stored episodes and the answers to a policy."""
     world = WORLDS[config.task]
-    most = world.ACTIONS[-1]
+    most = grid.actions[-1]
     rng = np.random.default_rng([seed, 3])
     states, actions = stored(world, config.episodes, grid, V, rng)
     begins = states[:, :STEPS]
@@ -350,12 +350,12 @@ def policies(config: Config, grid: Planner, V: np.ndarray, seed: int) -> list[di
         for lam in (0.0, 0.5, 1.0):
             learned[f"DPPO, lambda {lam:g}"] = dppo(phi, done, most, winners, losers, lam,
                                                     config.temperature, config.steps)
-        ways = {name: partial(act, theta, world) for name, theta in learned.items()}
+        ways = {name: partial(act, theta, world, most) for name, theta in learned.items()}
 
         # 4) a plan for the reward: from the stored steps, or with the physics known
         places = begins.reshape(-1, begins.shape[-1])
         ends = states[:, 1:].reshape(places.shape)
-        numbers = np.searchsorted(world.ACTIONS, actions.ravel())
+        numbers = np.searchsorted(grid.actions, actions.ravel())
         Q = grid.plan_from(places, numbers, world.bumps(places) @ w, ends)
         ways["reward, plan from the stored steps"] = partial(grid.act_on, Q)
         learned_V = grid.plan(world.bumps(grid.states) @ w)

@@ -46,7 +46,7 @@ from common.training import (Device, Dtype, Mean, adamw, autocast, batches, chec
                              generator, set_lr)
 from model import Samples, generate, response_logprobs
 
-PROMPTS, ROLLOUT = 1, 3  # random streams of this script
+PROMPTS, ROLLOUT = 1, 3  # random streams, called as in reinforce.py
 
 
 @settings

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import common  # noqa: F401  first, so that Ctrl-C while numpy is imported is one line, too
 
-import math
 from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple

@@ -13,7 +13,6 @@ from common.grid import Planner, play
 # ---- angle 0 is up; the motor is weaker than gravity ---------------------------------------------
 
 TORQUES = np.array([-3.0, 0.0, 3.0])  # gravity pulls with up to 10
-ACTIONS = TORQUES
 SPEED = 8.0  # the highest, in radians a second
 STEPS = 100  # of an episode; a step is 0.1 s
 

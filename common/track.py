@@ -80,7 +80,6 @@ class Road:
 
 ROAD = Road()
 STEERINGS = np.array([-4.0, -2.0, 0.0, 2.0, 4.0])  # radians a second
-ACTIONS = STEERINGS
 STEPS = 100  # of an episode, ten seconds, a quarter of a lap
 ASIDE = 2.0  # the grid ends here; who is farther off is off
 BENDS = (-0.8, 0.4)  # of the road, from the least to the most, in radians a length

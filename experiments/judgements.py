@@ -36,7 +36,7 @@ import torch
 
 from common import fail
 from common.files import read_jsonl
-from common.settings import parse, require, require_numbers, settings
+from common.settings import parse, require, settings
 from common.statistics import mean_se
 from common.training import generator
 from experiments.frontier import as_table, number
@@ -50,10 +50,8 @@ FIELDS = {"model": str, "instruction": str, "win": (int, float), "words": (int, 
 class Config:
     data: str = ""  # A JSON-lines file of judgements.
     draws: int = 100  # Draws of the bootstrap over instructions.
-    seed: int = 0  # Seed of these draws.
 
     def __post_init__(self) -> None:
-        require_numbers(self, above_0="draws", from_0="seed")
         require(2 <= self.draws <= 10_000, f"--draws {self.draws}: must be from 2 to 10,000")
         require(self.data != "", "--data: expected a JSON-lines file of judgements")
 
@@ -95,11 +93,11 @@ def as_matrices(rows: list[dict]) -> tuple[list[str], torch.Tensor, torch.Tensor
     return models, win, log_ratio, judged
 
 
-def rates(rows: list[dict], draws: int, seed: int) -> list[dict]:
+def rates(rows: list[dict], draws: int) -> list[dict]:
     """A row for each model, the best length-controlled one first."""
     models, win, log_ratio, judged = as_matrices(rows)
     controlled = length_controlled(win, log_ratio, judged)
-    stream, drawn = generator(seed), []
+    stream, drawn = generator(0), []
     for _ in range(draws):
         columns = torch.randint(win.shape[1], (win.shape[1],), generator=stream)
         drawn.append(length_controlled(win[:, columns], log_ratio[:, columns], judged[:, columns]))
@@ -126,7 +124,8 @@ def table(rows: list[dict]) -> str:
 
 
 def main(config: Config) -> None:
-    print(table(rates(read_judgements(config.data), config.draws, config.seed)))
+    """Print the table."""
+    print(table(rates(read_judgements(config.data), config.draws)))
 
 
 if __name__ == "__main__":

@@ -163,6 +163,7 @@ def balanced(rows: list[dict]) -> list[dict]:
 # ---- the runs ------------------------------------------------------------------------------------
 
 def pairs_file(config: Config, name: str, seed: int) -> Path:
+    """Where the pairs of a seed are: biased, balanced, unbiased or unseen."""
     return Path(config.out) / f"pairs-{name}-seed{seed}.jsonl"
 
 
@@ -299,7 +300,8 @@ def mean_error(rows: list[dict], name: str) -> tuple[float, float]:
 COLUMNS = {"reward": ("gold reward", ".3f", 1), "kl": ("KL, nats", ".2f", 1),
            "length": ("length", ".1f", 1), "shorter": ("shorter than by beta", "+.1f", 1),
            "r2_pairs": ("R² on pairs, %", ".0f", 100), "r2_own": ("R² on its own, %", ".0f", 100),
-           "slope_pairs": ("slope on pairs", "+.3f", 1), "slope_own": ("slope on its own", "+.3f", 1)}
+           "slope_pairs": ("slope on pairs", "+.3f", 1),
+           "slope_own": ("slope on its own", "+.3f", 1)}
 
 
 def table(rows: list[dict]) -> str:
@@ -325,7 +327,8 @@ def table(rows: list[dict]) -> str:
 def draw(rows: list[dict], path: Path) -> None:
     """Gold reward over length, on beta's line and on alpha's; then R^2 and slope over alpha."""
     groups = settings_of(rows)
-    lines = {"β, without α": ("SFT", "larger beta", "DPO"), "α, at β = 0.1": ("DPO", "length alpha"),
+    lines = {"β, without α": ("SFT", "larger beta", "DPO"),
+             "α, at β = 0.1": ("DPO", "length alpha"),
              "balanced pairs": ("balanced pairs",), "no bias": ("no bias",)}
     with figure(path, 3, width=4.6) as (_, axes):
         for name, methods in lines.items():

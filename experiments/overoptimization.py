@@ -146,17 +146,6 @@ def fit(distance: np.ndarray, gold: np.ndarray, form: str) -> tuple[float, float
     return float(alpha), float(beta)
 
 
-def peak(alpha: float, beta: float, form: str) -> float:
-    """The distance at which a fitted curve is highest; infinity where it never falls."""
-    if beta <= 0 or alpha <= 0 and form != "rl":
-        return math.inf
-    if form == "best-of-n":
-        return alpha / (2 * beta)
-    if form == "rl":
-        return math.exp(min(700, alpha / beta - 1))
-    return math.sqrt(alpha / (2 * beta))
-
-
 def held_out_error(distance: np.ndarray, gold: np.ndarray, form: str) -> float:
     """Root mean square error on the further half of the distances, fitted on the nearer half.
 

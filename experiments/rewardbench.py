@@ -71,6 +71,7 @@ from common.run import load_run
 from common.settings import (
     changed, parse, require, require_numbers, runs_folder, settings)
 from common.statistics import mean_se, values
+from common.tokenizer import Tokenizer
 from common.training import Device, half_ties, pad, use_device
 from data.reviews.probes import kinds_of_pairs
 from evaluate import reference_of
@@ -126,6 +127,7 @@ def score(chat: float, chat_hard: float, safety: float, reasoning: float,
 # ---- the runs of a seed --------------------------------------------------------------------------
 
 def explicit_models(seed: int) -> dict[str, reward_model.Config]:
+    """The usual reward model, and one that passes over the pairs once, as DPO does."""
     shared = dict(pairs_seed=seed, seed=seed, resume=True)
     return {EXPLICIT: reward_model.Config(**shared),
             ONE_PASS: reward_model.Config(**shared, epochs=1.0, lr=5e-4)}
@@ -146,6 +148,7 @@ def policies(seed: int, quick: bool) -> dict[str, Any]:
 
 
 def ppo_on_dpo(seed: int) -> dict[str, ppo.Config]:
+    """PPO on the implicit reward of a DPO run, its KL held in two ways."""
     teacher = policies(seed, quick=True)[TEACHER].out
     shared = dict(reward=teacher, seed=seed, resume=True)
     return {f"PPO on DPO's reward, {how}": ppo.Config(**shared, **held)
@@ -178,17 +181,17 @@ def opinions(start: pipeline.Start, rows: list[dict], explicit: dict[str, Path],
     found["the longer one"] = lengths
     gaps = torch.tensor([row["gap"] for row in rows])
     found["gold"] = torch.stack([gaps, -gaps]).flatten()
-    return {name: values.view(2, -1) for name, values in found.items()}
+    return {name: scores.view(2, -1) for name, scores in found.items()}
 
 
-def bootstrap(values: np.ndarray, prompts: list[str], draws: int = 1000) -> tuple[float, float]:
-    """The mean of values (N,), and its standard error over the prompts, drawn anew with all of
+def bootstrap(right: np.ndarray, prompts: list[str], draws: int = 1000) -> tuple[float, float]:
+    """The mean of right (N,), and its standard error over the prompts, drawn anew with all of
     their pairs."""
     _, owner = np.unique(prompts, return_inverse=True)
-    sums, counts = np.bincount(owner, values), np.bincount(owner)
+    sums, counts = np.bincount(owner, right), np.bincount(owner)
     often = np.random.default_rng(0).multinomial(len(sums), np.full(len(sums), 1 / len(sums)),
                                                  draws)  # (draws, prompts)
-    return float(values.mean()), float((often @ sums / (often @ counts)).std(ddof=1))
+    return float(right.mean()), float((often @ sums / (often @ counts)).std(ddof=1))
 
 
 def measure(pairs: dict[str, list[dict]], thinks: dict[str, torch.Tensor],
@@ -200,13 +203,13 @@ def measure(pairs: dict[str, list[dict]], thinks: dict[str, torch.Tensor],
         here = slice(first, first + len(own))
         first += len(own)
         prompts = [row["prompt"] for row in own]
-        right = {column: half_ties(*values[:, here]).numpy() for column, values in thinks.items()}
-        for column, values in right.items():
+        right = {column: half_ties(*scores[:, here]).numpy() for column, scores in thinks.items()}
+        for column, mine in right.items():
             row = {"pairs": kind, "column": column, "seed": seed, "count": len(own),
                    "prompts": len(set(prompts))}
-            row["accuracy"], row["accuracy_se"] = bootstrap(values, prompts)
+            row["accuracy"], row["accuracy_se"] = bootstrap(mine, prompts)
             for name, other in (("less", EXPLICIT), ("less_one_pass", ONE_PASS)):
-                row[name], row[f"{name}_se"] = bootstrap(values - right[other], prompts)
+                row[name], row[f"{name}_se"] = bootstrap(mine - right[other], prompts)
             rows.append(row)
     return rows
 
@@ -247,6 +250,7 @@ def cell(rows: list[dict], kind: str, column: str, name: str = "accuracy") -> tu
 
 
 def difference(points: float, error: float) -> str:
+    """With its sign: +0.7 ± 2.2."""
     return f"{points:+.1f} ± {error:.1f}"
 
 
@@ -285,7 +289,7 @@ def markdown(rows: list[dict], results: list[dict]) -> str:
 
 def draw(rows: list[dict], results: list[dict], path: Path) -> None:
     """Implicit less explicit for every kind of pair; against beta; what the rewards are worth."""
-    kinds = [kind for kind in dict.fromkeys(row["pairs"] for row in rows)]
+    kinds = list(dict.fromkeys(row["pairs"] for row in rows))
     columns = {row["column"] for row in rows}
     betas = [beta for beta in BETAS if f"DPO, beta {beta:g}" in columns]
     with figure(path, 3, width=5.2, height=4.6) as (_, (bars, curve, frontier)):
@@ -340,7 +344,8 @@ def read_judged(path: Path) -> list[dict]:
     return rows
 
 
-def fitted(tokenizer, prompt: str, response: str, block_size: int) -> tuple[list[int], list[int]]:
+def fitted(tokenizer: Tokenizer, prompt: str, response: str,
+           block_size: int) -> tuple[list[int], list[int]]:
     """Ids of a prompt and a response that fit into the block together: of a prompt that is too long
     the end is kept, half a block at least; of a response the beginning, without <eos>."""
     prompt_ids, ids = tokenizer.encode(prompt), tokenizer.encode(response) + [tokenizer.eos]

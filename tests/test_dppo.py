@@ -9,7 +9,7 @@ import pytest
 
 import dppo
 import preference_rl as prl
-from common import pendulum, track
+from common import pendulum
 from common.pendulum import STEPS, TORQUES, Grid, bumps, roll_out, true_reward
 from common.settings import parse
 

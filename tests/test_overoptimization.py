@@ -15,7 +15,7 @@ from common import pipeline
 from common.settings import parse
 from conftest import smaller
 from experiments import overoptimization as over
-from experiments.overoptimization import Config, best_of_n, fall, fit, held_out_error, log_odds, order_accuracy, peak
+from experiments.overoptimization import Config, best_of_n, fall, fit, held_out_error, log_odds, order_accuracy
 
 DISTANCES = np.array([math.sqrt(evaluate.best_of_n_kl(n)) for n in over.NS])
 
@@ -26,6 +26,17 @@ def expected_maximum(n):
     phi = np.exp(-x**2 / 2) / math.sqrt(2 * math.pi)
     below = np.cumsum(phi) * (x[1] - x[0])
     return float((x * n * phi * below**(n - 1)).sum() * (x[1] - x[0]))
+
+
+def peak(alpha: float, beta: float, form: str) -> float:
+    """The distance at which a fitted curve is highest; infinity where it never falls."""
+    if beta <= 0 or alpha <= 0 and form != "rl":
+        return math.inf
+    if form == "best-of-n":
+        return alpha / (2 * beta)
+    if form == "rl":
+        return math.exp(min(700, alpha / beta - 1))
+    return math.sqrt(alpha / (2 * beta))
 
 
 # ---- the fits --------------------------------------------------------------------------------------------------------

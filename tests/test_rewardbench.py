@@ -25,7 +25,7 @@ from data.reviews.probes import GAP, Text, anything, draw_pairs, longer, negatio
 from experiments import rewardbench
 from experiments.rewardbench import EXPLICIT, ONE_PASS, Config, bootstrap, fitted, measure, read_judged, score
 from experiments.sweep import PlannedRun
-from model import GPTConfig, Samples, ScalarModel, summed_logprobs
+from model import GPTConfig, ScalarModel, summed_logprobs
 
 # the lecture's table of RewardBench: score, chat, chat hard, safety, reasoning, prior sets
 TABLE = {"Cohere": (85.69, 94.7, 65.1, 90.3, 98.2, 74.6), "FsfairX": (83.62, 99.4, 65.1, 87.8, 86.4, 74.9),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from operator import attrgetter
 from typing import Any, Callable, NamedTuple
 
 import torch
@@ -35,14 +36,17 @@ Written = dict[str, list[Text]]  # prompt -> responses
 
 
 def anything(chosen: Text, rejected: Text) -> bool:
+    """Any pair will do."""
     return True
 
 
 def shorter(chosen: Text, rejected: Text) -> bool:
+    """The better one is shorter by a fifth or more."""
     return len(chosen.ids) <= 0.8 * len(rejected.ids)
 
 
 def longer(chosen: Text, rejected: Text) -> bool:
+    """The better one is longer, the other shorter than it by a fifth or more."""
     return len(rejected.ids) <= 0.8 * len(chosen.ids)
 
 
@@ -80,6 +84,7 @@ def draw_pairs(written: Written, count: int, draw: torch.Generator,
 
 
 def pair_row(prompt: str, chosen: Text, rejected: Text) -> dict:
+    """A row of a pairs file, and by how much gold reward the chosen one is better: "gap"."""
     row = {"prompt": prompt, "chosen": chosen.text, "rejected": rejected.text,
            "gap": chosen.reward - rejected.reward}
     if chosen.ids is not None and rejected.ids is not None:
@@ -159,7 +164,7 @@ def longer_prompts(dataset: str) -> list[str]:
 
 
 def kinds_of_pairs(start: Start, count: int, seed: int, authors: dict[str, GPT],
-          best: torch.Tensor) -> dict[str, list[dict]]:
+                   best: torch.Tensor) -> dict[str, list[dict]]:
     """Kind of pair -> rows of a pairs file.
 
     Args:
@@ -170,6 +175,7 @@ def kinds_of_pairs(start: Start, count: int, seed: int, authors: dict[str, GPT],
     other_prompts = longer_prompts(start.dataset)[:len(prompts)]
     ref, base = start.ref, 10_000 * (seed + 1)
     many = write(start, ref, prompts, 16, base)
+    by_reward = attrgetter("reward")
     extremes = {prompt: [max(texts, key=by_reward), min(texts, key=by_reward)]
                 for prompt, texts in many.items() if texts}
     written = {
@@ -190,10 +196,6 @@ def kinds_of_pairs(start: Start, count: int, seed: int, authors: dict[str, GPT],
     rows["another word"] = edited(start, many, swaps, count, draw)
     rows["another labeller"] = relabelled(rows["in distribution"], LABELLER, draw)
     return {name: own for name, own in rows.items() if own}
-
-
-def by_reward(text: Text) -> float:
-    return text.reward
 
 
 def best_of_64(bank: Any, scores: list[list[float]]) -> Written:
